@@ -1,0 +1,150 @@
+"""Evaluation: metrics streamed over batches, totals in float64 on the host."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bayescal.predictive import Predictive, take
+from bayescal.types import Estimate, Metric
+
+
+def evaluate(
+    pred: Predictive,
+    targets,
+    metrics: Mapping[str, Metric],
+    *,
+    weights=None,
+    batch_size: int = 2**16,
+) -> dict[str, Estimate]:
+    """The value of every metric, with interval, n and convention.
+
+    Args:
+        pred: predictive with batch shape (rows,).
+        targets: one per row, as the family wants them.
+        metrics: name -> metric.
+        weights: non-negative weight of each row; None = ones. Rows of weight 0 count for nothing.
+        batch_size: rows a device call; the last batch is filled up with rows of weight 0. At most 2**20.
+
+    Returns:
+        name -> Estimate, whose n is the number of rows of positive weight.
+
+    Raises:
+        ValueError: for NaN predictions, targets out of range or of the wrong shape or type, unusable weights, no rows.
+    """
+    sums = measure(pred, targets, metrics, weights=weights, batch_size=batch_size)
+    n = len(targets) if weights is None else int((np.asarray(weights) > 0).sum())
+    result = {}
+    for name, metric in metrics.items():
+        low, high = metric.interval(sums[name]) if metric.interval else (None, None)
+        low, high = (None if x is None else float(x) for x in (low, high))
+        result[name] = Estimate(float(metric.compute(sums[name])), low, high, n, metric.convention)
+    return result
+
+
+def measure(
+    pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int = 2**16
+) -> dict:
+    """The metrics' sums over all rows, float64 numpy, for those who merge or read them: name -> sums. As `evaluate`."""
+    targets = np.asarray(targets)
+    _check(pred, targets, weights, batch_size)
+    rows = len(targets)
+    weights = np.ones(rows, np.float32) if weights is None else np.asarray(weights, np.float32)
+    names, parts = tuple(metrics), tuple(m.measure for m in metrics.values())
+    size, totals = min(batch_size, rows), None
+    for first in range(0, rows, size):
+        index = np.arange(first, first + size)
+        mask = weights[index % rows] * (index < rows)
+        batch = take(pred, index % rows) if size < rows else pred
+        sums = _measure(parts, batch, targets[index % rows], mask)
+        sums = jax.tree.map(partial(np.asarray, dtype=np.float64), sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    return dict(zip(names, totals, strict=True))
+
+
+@partial(jax.jit, static_argnums=0)
+def _measure(parts, pred, targets, weights):
+    return tuple(part(pred, targets, weights) for part in parts)
+
+
+def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
+    """Mean over independent runs with its 95 % interval by Student's t; no interval for a single run.
+
+    Args:
+        values: one figure per run.
+        convention: added to what the interval is.
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return Estimate(float(values.mean()), n=len(values), convention=convention)
+    from scipy.stats import t  # slow to import
+
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    note = f"mean over {len(values)} runs, 95 % t interval"
+    return Estimate(
+        float(values.mean()),
+        float(values.mean() - half),
+        float(values.mean() + half),
+        len(values),
+        f"{convention}; {note}" if convention else note,
+    )
+
+
+def check_predictive(pred: Predictive, batch_ndim: int | None = None) -> None:
+    """Raises for NaN in a member that counts, for +inf, and for unusable member weights. Host only."""
+    if batch_ndim is not None and len(pred.batch_shape) != batch_ndim:
+        raise ValueError(
+            f"`pred` must have {batch_ndim} batch axis after the member axis, got batch shape {pred.batch_shape}. "
+            "For one network add the member axis: `logits[None]`."
+        )
+    if pred.member_weights is not None:
+        given = np.asarray(pred.member_weights)
+        if not np.isfinite(given).all() or (given < 0).any() or not (given.sum(0) > 0).all():
+            raise ValueError(
+                "`member_weights` must be finite, not negative and not all zero for any example, got values from "
+                f"{given.min()} to {given.max()}. Give every example at least one member."
+            )
+    bad = np.asarray(_bad_rows(pred))
+    if bad.any():
+        raise ValueError(
+            f"`pred` must not hold NaN or +infinity, got some in {int(bad.sum())} of {bad.size} examples, first at "
+            f"{int(bad.ravel().argmax())}. Look for members that diverged, or inputs that were not finite."
+        )
+
+
+@jax.jit
+def _bad_rows(pred):
+    counted = jnp.broadcast_to(pred.weights(), (pred.num_members, *pred.batch_shape)) != 0
+    leaves = [x for x in jax.tree.leaves(pred) if x.shape[: counted.ndim] == counted.shape and x is not pred.member_weights]
+    wrong = jnp.zeros(counted.shape, bool)
+    for x in leaves:
+        bad = jnp.isnan(x) | (x == jnp.inf)
+        wrong |= bad if bad.ndim == counted.ndim else bad.any(-1)
+    return (wrong & counted).any(0)
+
+
+def _check(pred, targets, weights, batch_size) -> None:
+    if not targets.size:
+        raise ValueError("`targets` must have at least one row, got none. Check how the data were split.")
+    if pred.batch_shape != targets.shape[:1]:
+        raise ValueError(
+            f"`pred` must have batch shape {targets.shape[:1]} like `targets`, got {pred.batch_shape} from leaves "
+            f"{[tuple(x.shape) for x in jax.tree.leaves(pred)]}, member axis first. "
+            "For one network add the member axis: `logits[None]`."
+        )
+    pred.check_targets(targets)
+    check_predictive(pred)
+    if weights is not None:
+        given = np.asarray(weights)
+        if given.shape != targets.shape[:1] or not np.isfinite(given).all() or (given < 0).any() or not given.any():
+            raise ValueError(
+                f"`weights` must be one finite non-negative number per row, {targets.shape[:1]}, not all zero, got "
+                f"shape {given.shape}. Leave them out for equal weights."
+            )
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
+        raise ValueError(
+            f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
+            "Leave it out for 2**16."
+        )

@@ -1,0 +1,111 @@
+"""Ensembles of any method: the combinator that adds a member axis."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bayescal.predictive import merge_members
+from bayescal.sharding import run_members
+from bayescal.types import EnsembleState, Key, Members, Method, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Always:
+    """`settings -> method` for members that differ by their key alone; equal for equal methods, so jit keeps its cache."""
+
+    method: Method
+
+    def __call__(self, settings) -> Method:
+        return self.method
+
+
+def member_keys(key: Key, number: int) -> jax.Array:
+    """One key a member, `fold_in(key, member)`: member m of an ensemble is the lone run with that key."""
+    return jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(number))
+
+
+def init(key: Key, start: PyTree | None, members: Members) -> EnsembleState:
+    """Every member's own init, from its own key, on `start.members` where a start is given."""
+    started = None if start is None else getattr(start, "members", start)
+    states = run_members(
+        lambda k, settings, s: members.build(settings).init(k, s),
+        member_keys(key, members.number),
+        members.settings,
+        started,
+    )
+    return EnsembleState(states, jnp.ones(members.number, bool))
+
+
+def update(state: EnsembleState, batch, key: Key, members: Members):
+    """One update of every member on the same batch; `fit` instead runs members apart, each on its own batches."""
+    states, info = run_members(
+        lambda s, k, settings: members.build(settings).update(s, batch, k),
+        state.members,
+        member_keys(key, members.number),
+        members.settings,
+    )
+    return state._replace(members=states), info
+
+
+def predict(state: EnsembleState, inputs, key: Key | None, members: Members):
+    """All members' predictives on one member axis, member-major; members that are not alive get weight 0."""
+    if key is None:
+        stacked = run_members(
+            lambda s, settings: members.build(settings).predict(s, inputs, None), state.members, members.settings
+        )
+    else:
+        stacked = run_members(
+            lambda s, k, settings: members.build(settings).predict(s, inputs, k),
+            state.members,
+            member_keys(key, members.number),
+            members.settings,
+        )
+    return merge_members(stacked, state.alive)
+
+
+def ensemble(
+    method: Method | Callable[[PyTree], Method],
+    num_members: int | None = None,
+    *,
+    settings: PyTree | None = None,
+) -> Method:
+    """Independent copies of a method, pooled: of `map_estimate` a deep ensemble, of `mc_dropout` or `variational` theirs.
+
+    Args:
+        method: the method to repeat; or, with `settings`, a function from one member's settings to its method.
+        num_members: how many.
+        settings: pytree of arrays whose leading axis is the member: learning rates, weight decays, ... Each must be
+            used arithmetically; a Python branch on one raises jax's tracer error.
+
+    Returns:
+        Method whose state is `EnsembleState` and whose `members` let `fit` run each member apart.
+
+    Raises:
+        ValueError: neither or both of `num_members` and `settings`; fewer than one member; ragged settings.
+    Source: Lakshminarayanan et al. 2017 (deep ensembles).
+    """
+    if (num_members is None) == (settings is None):
+        raise ValueError(
+            f"`num_members` or `settings` must be given, one of them, got num_members={num_members!r} and "
+            f"settings={'None' if settings is None else 'given'}. The settings' leading axis counts the members."
+        )
+    if settings is None:
+        if not isinstance(num_members, int) or num_members < 1:
+            raise ValueError(f"`num_members` must be a whole number of at least 1, got {num_members!r}. 5 is usual.")
+        members = Members(Always(method), (), num_members)
+    else:
+        sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(settings)}
+        if len(sizes) != 1 or sizes == {()}:
+            raise ValueError(
+                f"`settings` must be arrays with the same leading member axis, got sizes {sorted(sizes)}. "
+                "Give one value per member in every array."
+            )
+        members = Members(method, settings, sizes.pop()[0])
+    return Method(
+        lambda key, start=None: init(key, start, members),
+        lambda state, batch, key: update(state, batch, key, members),
+        lambda state, inputs, key: predict(state, inputs, key, members),
+        members,
+    )

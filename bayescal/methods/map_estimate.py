@@ -1,0 +1,126 @@
+"""Maximum a posteriori training of one network: the base of most other methods."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bayescal.types import Key, Method, Model, PyTree, Variables
+
+
+class MAPState(NamedTuple):
+    """A network, its optimiser's state, and the number of updates made."""
+
+    variables: Variables
+    opt_state: PyTree
+    step: jax.Array
+
+
+def init(key: Key, start: PyTree | None, model: Model, optimizer: optax.GradientTransformation) -> MAPState:
+    """A fresh network, or the one in `start` (`Variables`, or a state that has `variables`) with a fresh optimiser."""
+    variables = model.init(key) if start is None else getattr(start, "variables", start)
+    return MAPState(variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32))
+
+
+def update(state: MAPState, batch, key: Key, objective: Callable, optimizer: optax.GradientTransformation):
+    """One optimiser step on the objective; returns the state and the objective's info."""
+
+    def of_params(params):
+        return objective(state.variables._replace(params=params), batch, key, state.step)
+
+    gradient, (stats, info) = jax.grad(of_params, has_aux=True)(state.variables.params)
+    change, opt_state = optimizer.update(gradient, state.opt_state, state.variables.params)
+    params = optax.apply_updates(state.variables.params, change)
+    return MAPState(Variables(params, stats), opt_state, state.step + 1), info
+
+
+def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: Callable):
+    """The likelihood of the deterministic network's outputs, as one member; the key is not used."""
+    return likelihood(_one_member(model.apply(state.variables, inputs, None)))
+
+
+def map_estimate(
+    model: Model,
+    likelihood: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Callable | None = None,
+    objective: Callable | None = None,
+    prior_precision: Any = 0.0,
+    num_data: int | None = None,
+) -> Method:
+    """Minimises mean_i w_i loss_i / mean w + (penalty + prior_precision / 2 * |params|^2) / num_data over the batch.
+
+    With the default loss, the likelihood's -log p, that is maximum likelihood, or maximum a posteriori under a normal
+    prior of mean 0 and variance 1 / prior_precision on every parameter.
+
+    Args:
+        model: the network.
+        likelihood: outputs with a leading member axis -> predictive, e.g. `Categorical`.
+        optimizer: any optax transformation.
+        loss: `(outputs, targets) -> (batch,)`, nats per example; replaces the likelihood's -log p in training.
+        objective: `(variables, batch, key, step) -> (scalar, (new_stats, info))`; replaces everything above.
+        prior_precision: inverse variance of the prior; 0 = no prior.
+        num_data: number of training rows; required with a prior or a model that has a penalty.
+
+    Returns:
+        Method whose state is `MAPState` and whose info is `loss`, mean nats per example.
+
+    Raises:
+        ValueError: a prior or penalty without `num_data`; `loss` or a prior beside `objective`.
+    """
+    no_prior = isinstance(prior_precision, (int, float)) and prior_precision == 0
+    if num_data is None and not no_prior:
+        raise ValueError(
+            "`num_data` is required with `prior_precision`, got None: the prior's share of a batch depends on it. "
+            "Pass the number of training rows."
+        )
+    if objective is not None and (loss is not None or not no_prior):
+        raise ValueError(
+            "`objective` replaces the whole objective, got `loss` or `prior_precision` beside it. "
+            "Put them into the objective, or leave it out."
+        )
+    if loss is None:
+        loss = lambda outputs, targets: -likelihood(_one_member(outputs)).log_prob(targets)
+
+    def default_objective(variables, batch, key, step):
+        outputs, stats, penalty = model.train(variables, batch.inputs, key)
+        mean_loss = weighted_mean(loss(outputs, batch.targets), batch.weights)
+        total = mean_loss + share_of_penalty(penalty, num_data)
+        if not no_prior:
+            total = total + 0.5 * prior_precision * optax.tree.norm(variables.params, squared=True) / num_data
+        return total, (stats, {"loss": mean_loss})
+
+    objective = objective or default_objective
+    return Method(
+        lambda key, start=None: init(key, start, model, optimizer),
+        lambda state, batch, key: update(state, batch, key, objective, optimizer),
+        lambda state, inputs, key: predict(state, inputs, key, model, likelihood),
+    )
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """sum w x / sum w over the batch; rows of weight 0 count for nothing."""
+    return jnp.where(weights == 0, 0, weights * values).sum() / weights.sum()
+
+
+def share_of_penalty(penalty, num_data: int | None):
+    """A model's penalty (nats for the whole data set) per example.
+
+    Raises:
+        ValueError: for a model with a penalty and no `num_data`.
+    """
+    if isinstance(penalty, (int, float)) and penalty == 0:
+        return 0.0
+    if num_data is None:
+        raise ValueError(
+            "`num_data` is required for a model with a penalty (variational layers, learnt dropout rates), got None. "
+            "Pass the number of training rows."
+        )
+    return penalty / num_data
+
+
+def _one_member(outputs):
+    return jax.tree.map(lambda x: x[None], outputs)

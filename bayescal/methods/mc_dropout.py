@@ -1,0 +1,60 @@
+"""Monte-Carlo dropout: a trained network whose dropout stays on at prediction."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from bayescal.methods.map_estimate import MAPState, map_estimate
+from bayescal.sharding import run_members
+from bayescal.types import Key, Method, Model
+
+
+def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: Callable, num_draws: int):
+    """`num_draws` networks, each with one dropout mask for all examples; `key=None` is the network without dropout.
+
+    One mask a draw makes each draw a function: the same for any chunking of the data and any batch mates. Every
+    example alone sees the distribution that fresh masks would give it.
+    """
+    if key is None:
+        return likelihood(jax.tree.map(lambda x: x[None], model.apply(state.variables, inputs, None)))
+
+    def draw(draw_key):
+        one = lambda x: jax.tree.map(lambda y: y[0], model.apply(state.variables, x[None], draw_key))
+        return jax.vmap(one)(inputs)
+
+    return likelihood(run_members(draw, jax.random.split(key, num_draws)))
+
+
+def mc_dropout(
+    model: Model,
+    likelihood: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_draws: int,
+    **settings,
+) -> Method:
+    """`map_estimate` whose prediction is a mixture over `num_draws` dropout masks; batch norm uses running moments.
+
+    Args:
+        model: a network with dropout; one without a random stream raises at the first prediction.
+        likelihood: outputs with a leading member axis -> predictive.
+        optimizer: any optax transformation.
+        num_draws: members of the predictive.
+        **settings: those of `map_estimate`.
+
+    Raises:
+        ValueError: for fewer than one draw.
+    Source: Gal and Ghahramani 2016.
+    """
+    check_draws(num_draws)
+    base = map_estimate(model, likelihood, optimizer, **settings)
+    return base._replace(
+        predict=lambda state, inputs, key: predict(state, inputs, key, model, likelihood, num_draws)
+    )
+
+
+def check_draws(num_draws: int) -> None:
+    """Raises unless `num_draws` is a whole number of at least one."""
+    if not isinstance(num_draws, int) or num_draws < 1:
+        raise ValueError(f"`num_draws` must be a whole number of at least 1, got {num_draws!r}. 10 to 100 is usual.")

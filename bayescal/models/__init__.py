@@ -1,0 +1,7 @@
+"""Networks as `Model`: adapters for flax, and a few networks to start with."""
+
+from bayescal.models.adapters import from_linen, from_nnx
+from bayescal.models.convnet import convnet
+from bayescal.models.mlp import mlp
+
+__all__ = ["convnet", "from_linen", "from_nnx", "mlp"]

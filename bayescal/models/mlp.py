@@ -1,0 +1,44 @@
+"""Multilayer perceptron."""
+
+from collections.abc import Sequence
+
+from bayescal.models.adapters import from_nnx
+from bayescal.types import Model
+
+
+def mlp(
+    in_features: int,
+    hidden: Sequence[int],
+    out_features: int,
+    *,
+    dropout: float = 0.0,
+    batch_norm: bool = False,
+) -> Model:
+    """Dense layers with ReLU between them: (batch, ...) flattened to (batch, in_features) -> (batch, out_features).
+
+    Args:
+        in_features: numbers per example, after flattening.
+        hidden: width of each hidden layer.
+        out_features: classes, or numbers per example.
+        dropout: rate after every hidden layer, in [0, 1).
+        batch_norm: normalise before every ReLU.
+    """
+    from flax import nnx
+
+    class MLP(nnx.Module):
+        def __init__(self, rngs):
+            widths = [in_features, *hidden]
+            self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+            self.norm = nnx.List([nnx.BatchNorm(b, rngs=rngs) for b in hidden] if batch_norm else [])
+            self.dropout = nnx.List([nnx.Dropout(dropout, rngs=rngs) for _ in hidden] if dropout else [])
+            self.head = nnx.Linear(widths[-1], out_features, rngs=rngs)
+
+        def __call__(self, inputs):
+            x = inputs.reshape(inputs.shape[0], -1)
+            for i, dense in enumerate(self.dense):
+                x = dense(x)
+                x = nnx.relu(self.norm[i](x) if batch_norm else x)
+                x = self.dropout[i](x) if dropout else x
+            return self.head(x)
+
+    return from_nnx(MLP)

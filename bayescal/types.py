@@ -1,0 +1,170 @@
+"""The small shapes that everything passes: see the data flow in README."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+Array = jax.Array | np.ndarray
+Key = jax.Array
+PyTree = Any
+State = Any
+Outputs = Any
+
+
+class Variables(NamedTuple):
+    """What a network is made of: `params` are inferred; `stats` are carried along and never differentiated."""
+
+    params: PyTree
+    stats: PyTree = ()
+
+
+class Model(NamedTuple):
+    """A network as pure functions. A key makes a forward pass stochastic; `key=None` makes it deterministic.
+
+    init: `key -> Variables`.
+    apply: `(variables, inputs, key | None) -> outputs`, a pytree with the batch axis first. Never touches `stats`
+        (batch norm uses its running moments). A key given to a network without a random stream is an error.
+    train: `(variables, inputs, key) -> (outputs, new_stats, penalty)`: the pass that is differentiated.
+        `penalty` is in nats for the whole data set (KL of variational layers, learnt dropout rates), else 0.
+    features, head: `apply = head(features)`, for last-layer methods and feature scores; None where there are none.
+    taps: zeros added to each dense or convolution output, and the inputs seen (what KFAC needs); None where absent.
+    """
+
+    init: Callable[[Key], Variables]
+    apply: Callable[[Variables, Any, Key | None], Outputs]
+    train: Callable[[Variables, Any, Key], tuple[Outputs, PyTree, Any]]
+    features: Callable | None = None
+    head: Callable | None = None
+    taps: Callable | None = None
+
+
+class Dataset(NamedTuple):
+    """Rows held in memory: `inputs` (rows, ...), `targets` (rows, ...), `weights` (rows,) or None for ones."""
+
+    inputs: Any
+    targets: Any
+    weights: Any = None
+
+
+class Batch(NamedTuple):
+    """Rows that `update` sees: `weights` is 0 for padding, `index` is the row's place in the data set."""
+
+    inputs: Any
+    targets: Any
+    weights: Float[Array, "batch"]
+    index: Int[Array, "batch"]
+
+
+class Members(NamedTuple):
+    """Independent members that `fit` runs apart, each as one scan over its own batches.
+
+    build: one member's settings -> its method; called inside the member loop, must be hashable.
+    settings: pytree of arrays with a leading member axis, or () where members differ by their key alone.
+    number: how many members.
+    """
+
+    build: Callable[[PyTree], "Method"]
+    settings: PyTree
+    number: int
+
+
+class Method(NamedTuple):
+    """A way to infer networks from data: build it once, then init -> update -> predict.
+
+    init: `(key, start) -> state`; `start` is None, `Variables`, or the state of the method before it.
+    update: `(state, batch, key) -> (state, info)`; `info` is a dict of scalars, `loss` (nats per example) among them.
+    predict: `(state, inputs, key | None) -> Predictive`; the same key is the same network for any inputs.
+    members: set by `ensemble`; None for a method that is trained whole.
+    """
+
+    init: Callable[[Key, PyTree | None], State]
+    update: Callable[[State, Batch, Key], tuple[State, dict[str, jax.Array]]]
+    predict: Callable[[State, Any, Key | None], Any]
+    members: Members | None = None
+
+
+class EnsembleState(NamedTuple):
+    """State of every method that has `members`: states stacked on a leading member axis, and which still count."""
+
+    members: State
+    alive: jax.Array  # bool (member,); False = diverged, weight 0 in the pool
+
+
+class MemberReport(NamedTuple):
+    """How each member fared: numpy arrays of shape (member,)."""
+
+    alive: np.ndarray
+    stopped_epoch: np.ndarray  # first epoch whose loss was not finite; the number of epochs where there was none
+    last_finite_loss: np.ndarray  # nats per example; NaN where the first epoch already diverged
+
+
+class Fit(NamedTuple):
+    """What training leaves: the last `state`, the `best` one (by validation score, else the last), and the record.
+
+    history: dict name -> float array (epoch, member), means over the epoch; one member for a method without members.
+    """
+
+    state: State
+    best: State
+    history: dict[str, np.ndarray]
+    members: MemberReport
+
+
+class Estimate(NamedTuple):
+    """A figure with what is needed to read it: interval, number of rows or repetitions, and the convention used."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    convention: str = ""
+
+    def json(self) -> dict[str, Any]:
+        """The one form of a number in our json files: `value`, and `low`, `high`, `n`, `convention` where known."""
+        return {k: v for k, v in self._asdict().items() if v is not None and v != ""}
+
+
+class Metric(NamedTuple):
+    """A streaming metric: `measure` gives a pytree of sums, so merging is always leaf-wise addition.
+
+    measure: `(predictive, targets, weights) -> sums`, for at most 2**20 rows a call (float32 counts stop at 2**24).
+    compute: `sums -> value`; takes jax arrays (jit) as well as numpy float64 totals.
+    interval: `sums -> (low, high)` at 95 %, where one is known in closed form.
+    convention: what differs in the field (scale, bins, norm, closure), in words.
+    """
+
+    measure: Callable[[Any, Any, Any], PyTree]
+    compute: Callable[[PyTree], Any]
+    interval: Callable[[PyTree], tuple[Any, Any]] | None = None
+    convention: str = ""
+
+
+def pytree(cls):
+    """Frozen dataclass whose fields are pytree leaves; fields marked `metadata={"static": True}` are structure.
+
+    Rebuilding goes around `__init__`, so `__post_init__` may check shapes: it runs for arrays that a person passes and
+    never for the placeholders that jax puts into a tree.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    names = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
+
+    def flatten(value):
+        return [getattr(value, n) for n in names], tuple(getattr(value, n) for n in static)
+
+    def flatten_with_keys(value):
+        leaves, aux = flatten(value)
+        return [(jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)], aux
+
+    def unflatten(aux, leaves):
+        value = object.__new__(cls)
+        for name, leaf in zip([*names, *static], [*leaves, *aux], strict=True):
+            object.__setattr__(value, name, leaf)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
