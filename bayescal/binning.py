@@ -54,7 +54,9 @@ def bin_index(confidence: Float[Array, "batch"], num_bins: int, closed: Closed) 
             "left" puts it into bin k, and 1 into the last (torchmetrics, netcal).
     """
     if closed not in ("right", "left"):
-        raise ValueError(f"`closed` must be 'right' or 'left', got {closed!r}. Guo et al. 2017 close bins on the right.")
+        raise ValueError(
+            f"`closed` must be 'right' or 'left', got {closed!r}. Guo et al. 2017 close bins on the right."
+        )
     edges = jnp.asarray(bin_edges(num_bins), jnp.asarray(confidence).dtype)
     index = jnp.searchsorted(edges, confidence, side="left" if closed == "right" else "right") - 1
     return jnp.clip(index, 0, num_bins - 1)

@@ -17,6 +17,7 @@ from bayescal.predictive import (
     variance_of_means,
     weighted_sum,
 )
+from bayescal.types import Array
 
 
 class Uncertainty(NamedTuple):
@@ -26,10 +27,10 @@ class Uncertainty(NamedTuple):
     `ood` has shape (*batch,); higher = more unlike the training data.
     """
 
-    total: Float[jax.Array, "*shape"]
-    aleatoric: Float[jax.Array, "*shape"]
-    epistemic: Float[jax.Array, "*shape"]
-    ood: Float[jax.Array, "*batch"]
+    total: Float[Array, "*shape"]
+    aleatoric: Float[Array, "*shape"]
+    epistemic: Float[Array, "*shape"]
+    ood: Float[Array, "*batch"]
 
 
 def mutual_information(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
@@ -64,7 +65,9 @@ def mutual_information(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batc
     log_ratio = jnp.where(counted, log_ratio, -jnp.inf)
     largest = jnp.max(log_ratio, axis=0, keepdims=True)
     x = log_ratio - largest
-    log_mean = jnp.log1p(weighted_sum(jnp.expm1(x), jnp.broadcast_to(weights, x.shape)))  # log(p_mean / largest p)
+    log_mean = jnp.log1p(weighted_sum(jnp.expm1(x), jnp.broadcast_to(weights, x.shape)))[
+        None
+    ]  # log(p_mean / largest p)
     u = x - log_mean
     pooled = jnp.exp(top - lead_peak - lead_norm + largest + log_mean)[0]
     per_class = weighted_sum(_bregman(u), jnp.broadcast_to(weights, u.shape))

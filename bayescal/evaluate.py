@@ -44,9 +44,7 @@ def evaluate(
     return result
 
 
-def measure(
-    pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int = 2**16
-) -> dict:
+def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int = 2**16) -> dict:
     """The metrics' sums over all rows, float64 numpy, for those who merge or read them: name -> sums. As `evaluate`."""
     targets = np.asarray(targets)
     _check(pred, targets, weights, batch_size)
@@ -117,7 +115,9 @@ def check_predictive(pred: Predictive, batch_ndim: int | None = None) -> None:
 @jax.jit
 def _bad_rows(pred):
     counted = jnp.broadcast_to(pred.weights(), (pred.num_members, *pred.batch_shape)) != 0
-    leaves = [x for x in jax.tree.leaves(pred) if x.shape[: counted.ndim] == counted.shape and x is not pred.member_weights]
+    leaves = [
+        x for x in jax.tree.leaves(pred) if x.shape[: counted.ndim] == counted.shape and x is not pred.member_weights
+    ]
     wrong = jnp.zeros(counted.shape, bool)
     for x in leaves:
         bad = jnp.isnan(x) | (x == jnp.inf)

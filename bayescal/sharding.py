@@ -9,7 +9,7 @@ Execution = Literal["map", "vmap"]
 
 
 def default_execution() -> Execution:
-    """"map" on CPU, where it is as fast as `vmap`, compiles faster and keeps convolutions fast; "vmap" elsewhere."""
+    """ "map" on CPU, where it is as fast as `vmap`, compiles faster and keeps convolutions fast; "vmap" elsewhere."""
     return "map" if jax.default_backend() == "cpu" else "vmap"
 
 

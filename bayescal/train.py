@@ -188,10 +188,10 @@ def _weights(data: Dataset, rows: int):
 
 
 def _report(loss: np.ndarray) -> MemberReport:
-    finite = np.isfinite(loss)
+    finite = np.asarray(np.isfinite(loss))
     stopped = np.where(finite.all(0), len(loss), finite.argmin(0))
     last = np.where(stopped > 0, loss[np.maximum(stopped - 1, 0), np.arange(loss.shape[1])], np.nan)
-    alive = finite.all(0)
+    alive = np.asarray(finite.all(0))
     if not alive.any():
         raise ValueError(
             f"`loss` must stay finite for at least one member, got none of {len(alive)}; they diverged in epochs "
@@ -202,7 +202,9 @@ def _report(loss: np.ndarray) -> MemberReport:
 
 def _check_schedule(epochs, batch_size, rows) -> None:
     if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"`epochs` must be a whole number of at least 1, got {epochs!r}. Pass how many passes to make.")
+        raise ValueError(
+            f"`epochs` must be a whole number of at least 1, got {epochs!r}. Pass how many passes to make."
+        )
     if not isinstance(batch_size, int) or not 1 <= batch_size <= rows:
         raise ValueError(
             f"`batch_size` must be a whole number from 1 to the {rows} rows of the data, got {batch_size!r}. "

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, dataclass_transform
 
 import jax
 import numpy as np
@@ -143,6 +143,7 @@ class Metric(NamedTuple):
     convention: str = ""
 
 
+@dataclass_transform(frozen_default=True)
 def pytree(cls):
     """Frozen dataclass whose fields are pytree leaves; fields marked `metadata={"static": True}` are structure.
 

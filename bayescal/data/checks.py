@@ -10,7 +10,9 @@ def check_finite(name: str, value) -> None:
     """Raises unless `value` has rows and holds no NaN or infinity."""
     for leaf in jax.tree.leaves(value):
         if np.ndim(leaf) < 1 or not np.size(leaf):
-            raise ValueError(f"`{name}` must have at least one row, got shape {np.shape(leaf)}. Check how it was loaded.")
+            raise ValueError(
+                f"`{name}` must have at least one row, got shape {np.shape(leaf)}. Check how it was loaded."
+            )
         host = np.asarray(leaf)
         if np.issubdtype(host.dtype, np.floating) and not np.isfinite(host).all():
             bad = ~np.isfinite(host.reshape(len(host), -1)).all(1)

@@ -62,7 +62,7 @@ def predict(state: EnsembleState, inputs, key: Key | None, members: Members):
             member_keys(key, members.number),
             members.settings,
         )
-    return merge_members(stacked, state.alive)
+    return merge_members(stacked, state.alive.astype(jnp.float32))
 
 
 def ensemble(

@@ -38,7 +38,7 @@ def update(state: MAPState, batch, key: Key, objective: Callable, optimizer: opt
 
 def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: Callable):
     """The likelihood of the deterministic network's outputs, as one member; the key is not used."""
-    return likelihood(_one_member(model.apply(state.variables, inputs, None)))
+    return likelihood(one_member(model.apply(state.variables, inputs, None)))
 
 
 def map_estimate(
@@ -83,7 +83,7 @@ def map_estimate(
             "Put them into the objective, or leave it out."
         )
     if loss is None:
-        loss = lambda outputs, targets: -likelihood(_one_member(outputs)).log_prob(targets)
+        loss = lambda outputs, targets: -likelihood(one_member(outputs)).log_prob(targets)
 
     def default_objective(variables, batch, key, step):
         outputs, stats, penalty = model.train(variables, batch.inputs, key)
@@ -122,5 +122,6 @@ def share_of_penalty(penalty, num_data: int | None):
     return penalty / num_data
 
 
-def _one_member(outputs):
+def one_member(outputs):
+    """Outputs of one network with the member axis that likelihoods want."""
     return jax.tree.map(lambda x: x[None], outputs)

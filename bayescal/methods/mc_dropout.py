@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import optax
 
-from bayescal.methods.map_estimate import MAPState, map_estimate
+from bayescal.methods.map_estimate import MAPState, map_estimate, one_member
 from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model
 
@@ -17,7 +17,7 @@ def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: 
     example alone sees the distribution that fresh masks would give it.
     """
     if key is None:
-        return likelihood(jax.tree.map(lambda x: x[None], model.apply(state.variables, inputs, None)))
+        return likelihood(one_member(model.apply(state.variables, inputs, None)))
 
     def draw(draw_key):
         one = lambda x: jax.tree.map(lambda y: y[0], model.apply(state.variables, x[None], draw_key))
@@ -49,9 +49,7 @@ def mc_dropout(
     """
     check_draws(num_draws)
     base = map_estimate(model, likelihood, optimizer, **settings)
-    return base._replace(
-        predict=lambda state, inputs, key: predict(state, inputs, key, model, likelihood, num_draws)
-    )
+    return base._replace(predict=lambda state, inputs, key: predict(state, inputs, key, model, likelihood, num_draws))
 
 
 def check_draws(num_draws: int) -> None:

@@ -1,51 +1,51 @@
 """Mean-field variational inference over all weights of any network, through NumPyro."""
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
+from jax.flatten_util import ravel_pytree
 
-from bayescal.methods.map_estimate import share_of_penalty, weighted_mean
+from bayescal.methods.map_estimate import one_member, share_of_penalty, weighted_mean
 from bayescal.methods.mc_dropout import check_draws
 from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model, PyTree, Variables
 
 
 class VariationalState(NamedTuple):
-    """Normal posterior of every weight: mean `location` and unconstrained `raw_scale`, shaped like the network's params."""
+    """Normal posterior of all weights as one vector: mean `location` and unconstrained `raw_scale`, each (weights,)."""
 
-    location: PyTree
-    raw_scale: PyTree
+    location: jax.Array
+    raw_scale: jax.Array
     stats: PyTree
     opt_state: PyTree
     step: jax.Array
 
 
 class MeanField(NamedTuple):
-    """What NumPyro contributes, built once: prior, guide and the map of the guide's scales."""
+    """What NumPyro contributes, built once: prior and guide of one site, `weights`, and the guide's scale constraint."""
 
-    sites: Callable[[PyTree], dict[str, jax.Array]]  # params -> NumPyro's flat names
-    tree: Callable[[dict[str, jax.Array]], PyTree]  # and back
     prior: Callable
     guide: Callable
     to_scale: Callable[[jax.Array], jax.Array]
     to_raw: Callable[[jax.Array], jax.Array]
+    unravel: Callable[[jax.Array], PyTree]  # vector of weights -> the network's params
 
-    def guide_params(self, location: PyTree, raw_scale: PyTree) -> dict[str, jax.Array]:
+    def guide_params(self, location: jax.Array, raw_scale: jax.Array) -> dict[str, jax.Array]:
         """The posterior under the names that NumPyro's AutoNormal gives its parameters."""
-        places = {f"{name}_auto_loc": x for name, x in self.sites(location).items()}
-        scales = {f"{name}_auto_scale": self.to_scale(x) for name, x in self.sites(raw_scale).items()}
-        return places | scales
+        return {"weights_auto_loc": location, "weights_auto_scale": self.to_scale(raw_scale)}
 
 
-def mean_field(params: PyTree, prior_scale: float) -> MeanField:
+def mean_field(model: Model, prior_scale: float) -> MeanField:
     """Normal(0, prior_scale) on every weight, and an AutoNormal guide over them.
 
+    One site for all weights: a random draw costs a third of a second to compile, so one is better than one a layer.
+
     Args:
-        params: arrays or shapes; only the structure is used.
+        model: the network; only the structure of its params is used.
         prior_scale: standard deviation of the prior.
     """
     import numpyro  # heavy: only those who use it pay for it
@@ -53,38 +53,33 @@ def mean_field(params: PyTree, prior_scale: float) -> MeanField:
     from numpyro.handlers import seed
     from numpyro.infer.autoguide import AutoNormal
 
-    paths, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [re.sub(r"[^0-9A-Za-z]+", ".", jax.tree_util.keystr(path)).strip(".") for path, _ in paths]
-    shapes = dict(zip(names, [leaf.shape for _, leaf in paths], strict=True))
+    unravel: list = []
+
+    def flat_init(key):
+        flat, function = ravel_pytree(model.init(key).params)
+        unravel.append(function)
+        return flat
+
+    size = jax.eval_shape(flat_init, jax.random.key(0)).size
 
     def prior():
-        draws = {}
-        for name, shape in shapes.items():
-            weight = dist.Normal(0.0, prior_scale).expand(shape).to_event(len(shape))
-            draws[name] = numpyro.sample(name, weight)
-        return draws
+        return numpyro.sample("weights", dist.Normal(0.0, prior_scale).expand((size,)).to_event(1))
 
     guide = AutoNormal(prior)
-    # The guide inspects the prior at its first call. Abstractly that takes a quarter of a second, eagerly ten; the
-    # values it finds are never used, ours come from the network's own initial weights.
+    # The guide inspects the prior at its first call: abstractly at once, eagerly in seconds. The values it finds are
+    # never used; ours come from the network's own initial weights.
     jax.eval_shape(seed(guide, jax.random.key(0)))
     to_scale = dist.biject_to(AutoNormal.scale_constraint)
-    return MeanField(
-        lambda tree: dict(zip(names, jax.tree.leaves(tree), strict=True)),
-        lambda draws: jax.tree.unflatten(structure, [draws[name] for name in names]),
-        prior,
-        guide,
-        to_scale,
-        to_scale.inv,
-    )
+    return MeanField(prior, guide, to_scale, to_scale.inv, unravel[0])
 
 
 def init(key: Key, start: PyTree | None, model: Model, optimizer, family: MeanField, initial_scale) -> VariationalState:
     """Posterior centred at the network's own initial weights, or at those of `start`, with a fresh optimiser."""
     variables = model.init(key) if start is None else getattr(start, "variables", start)
-    raw_scale = jax.tree.map(lambda x: family.to_raw(jnp.full_like(x, initial_scale)), variables.params)
-    opt_state = optimizer.init((variables.params, raw_scale))
-    return VariationalState(variables.params, raw_scale, variables.stats, opt_state, jnp.zeros((), jnp.int32))
+    location = ravel_pytree(variables.params)[0]
+    raw_scale = family.to_raw(jnp.full_like(location, initial_scale))
+    opt_state = optimizer.init((location, raw_scale))
+    return VariationalState(location, raw_scale, variables.stats, opt_state, jnp.zeros((), jnp.int32))
 
 
 def update(state, batch, key, model, likelihood, optimizer, family, num_data, temperature):
@@ -97,21 +92,20 @@ def update(state, batch, key, model, likelihood, optimizer, family, num_data, te
 
     def joint():
         carried = mutable("stats", {"value": state.stats})
-        variables = Variables(family.tree(family.prior()), carried["value"])
+        variables = Variables(family.unravel(family.prior()), carried["value"])
         outputs, carried["value"], penalty = model.train(variables, batch.inputs, network_key)
-        log_prob = likelihood(jax.tree.map(lambda x: x[None], outputs)).log_prob(batch.targets)
+        log_prob = likelihood(one_member(outputs)).log_prob(batch.targets)
         factor("data", num_data * weighted_mean(log_prob, batch.weights))
-        factor("network", -num_data * share_of_penalty(penalty, num_data))
+        factor("penalty", -num_data * jnp.asarray(share_of_penalty(penalty, num_data), log_prob.dtype))
 
     bound = TraceMeanField_ELBO(sum_sites=False)
 
     def objective(posterior):
         result = bound.loss_with_mutable_state(draw_key, family.guide_params(*posterior), joint, family.guide)
-        nats = dict(result["loss"])
-        loss, penalty = nats.pop("data") / num_data, nats.pop("network") / num_data
-        divergence = sum(nats.values())
-        stats = result["mutable_state"]["stats"]["value"]
-        return loss + penalty + temperature * divergence / num_data, (stats, {"loss": loss, "kl": divergence})
+        nats = result["loss"]  # of the whole data set, per site
+        loss = nats["data"] / num_data
+        total = loss + (nats["penalty"] + temperature * nats["weights"]) / num_data
+        return total, (result["mutable_state"]["stats"]["value"], {"loss": loss, "kl": nats["weights"]})
 
     posterior = state.location, state.raw_scale
     gradient, (stats, info) = jax.grad(objective, has_aux=True)(posterior)
@@ -123,8 +117,8 @@ def update(state, batch, key, model, likelihood, optimizer, family, num_data, te
 def predict(state: VariationalState, inputs, key: Key | None, model, likelihood, family: MeanField, num_draws: int):
     """`num_draws` networks drawn from the posterior; `key=None` is the network at the posterior mean."""
     if key is None:
-        outputs = model.apply(Variables(state.location, state.stats), inputs, None)
-        return likelihood(jax.tree.map(lambda x: x[None], outputs))
+        mean_network = Variables(family.unravel(state.location), state.stats)
+        return likelihood(one_member(model.apply(mean_network, inputs, None)))
 
     def outputs(draw_key):
         return model.apply(draw(state, draw_key, family), inputs, None)
@@ -134,8 +128,8 @@ def predict(state: VariationalState, inputs, key: Key | None, model, likelihood,
 
 def draw(state: VariationalState, key: Key, family: MeanField) -> Variables:
     """One network from the posterior."""
-    weights = family.guide.sample_posterior(key, family.guide_params(state.location, state.raw_scale))
-    return Variables(family.tree(weights), state.stats)
+    drawn = family.guide.sample_posterior(key, family.guide_params(state.location, state.raw_scale))
+    return Variables(family.unravel(drawn["weights"]), state.stats)
 
 
 def variational(
@@ -174,9 +168,9 @@ def variational(
     """
     check_draws(num_draws)
     for name, value in dict(num_data=num_data, prior_scale=prior_scale, initial_scale=initial_scale).items():
-        if not isinstance(value, jax.core.Tracer) and not value > 0:
+        if not isinstance(value, Tracer) and not value > 0:
             raise ValueError(f"`{name}` must be positive, got {value!r}. See the docstring for its unit.")
-    family = mean_field(jax.eval_shape(model.init, jax.random.key(0)).params, prior_scale)
+    family = mean_field(model, prior_scale)
     return Method(
         lambda key, start=None: init(key, start, model, optimizer, family, initial_scale),
         lambda state, batch, key: update(

@@ -2,10 +2,11 @@
 
 from bayescal.metrics.calibration import calibration_error, confidence_histogram
 from bayescal.metrics.likelihood import accuracy, brier, mean_metric, nll
-from bayescal.metrics.ranking import auroc, auroc_estimate
+from bayescal.metrics.ranking import accuracy_rejection, auroc, auroc_estimate
 
 __all__ = [
     "accuracy",
+    "accuracy_rejection",
     "auroc",
     "auroc_estimate",
     "brier",

@@ -67,7 +67,7 @@ def accuracy() -> Metric:
     def interval(sums):
         return wilson_interval(sums.value / sums.weight, sums.weight)
 
-    return mean_metric(score, "argmax of the pooled probabilities; Wilson interval", interval)
+    return mean_metric(score, "argmax of the pooled probabilities", interval)
 
 
 @cache

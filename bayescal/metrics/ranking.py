@@ -52,16 +52,39 @@ def auroc_estimate(scores: Float[Array, "batch"], positive: Bool[Array, "batch"]
             f"`positive` must hold both classes, got {int(positive.sum())} positives of {len(positive)}. "
             "Join in-distribution and out-of-distribution rows before calling."
         )
-    of_positive, of_negative = (np.asarray(x, np.float64) for x in _placements(jnp.asarray(scores), jnp.asarray(positive)))
+    of_positive, of_negative = (
+        np.asarray(x, np.float64) for x in _placements(jnp.asarray(scores), jnp.asarray(positive))
+    )
     of_positive, of_negative = of_positive[positive], of_negative[~positive]
     value = of_positive.mean()
-    convention = f"positive class: {positive_class}; ties count one half; logit DeLong interval"
+    convention = f"positive class: {positive_class}; ties count one half"
     if not 0 < value < 1 or min(len(of_positive), len(of_negative)) < 2:
         return Estimate(float(value), n=len(scores), convention=convention)
     error = np.sqrt(of_positive.var(ddof=1) / len(of_positive) + of_negative.var(ddof=1) / len(of_negative))
     logit, half = np.log(value / (1 - value)), 1.959963984540054 * error / (value * (1 - value))
     low, high = (float(1 / (1 + np.exp(-x))) for x in (logit - half, logit + half))
     return Estimate(float(value), low, high, len(scores), convention)
+
+
+def accuracy_rejection(scores: Float[Array, "batch"], correct: Bool[Array, "batch"]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy of what is kept against the share rejected, the most uncertain rejected first.
+
+    Higher is better. Rows with equal scores count as if in random order (each as the mean of its group). Host only.
+
+    Args:
+        scores: uncertainty; higher = rejected earlier.
+        correct: whether each prediction was right.
+
+    Returns:
+        (rejected, accuracy), each (n,): rejected = 0, 1/n, ..., (n - 1)/n.
+    """
+    scores, correct = np.asarray(scores), np.asarray(correct, np.float64)
+    _, group = np.unique(scores, return_inverse=True)
+    group_mean = np.bincount(group, correct) / np.bincount(group)
+    kept = group_mean[group][np.argsort(scores, kind="stable")]
+    n = len(scores)
+    accuracy = np.cumsum(kept) / np.arange(1, n + 1)
+    return np.arange(n) / n, accuracy[::-1]
 
 
 @jax.jit

@@ -72,14 +72,18 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
         return jax.tree.unflatten(
             structure,
             [
-                jax.random.fold_in(key, i) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.zeros(x.shape, x.dtype)
+                jax.random.fold_in(key, i)
+                if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+                else jnp.zeros(x.shape, x.dtype)
                 for i, x in enumerate(leaves)
             ],
         )
 
     def counts(module):
         return [
-            x for x in jax.tree.leaves(nnx.state(module, nnx.RngState)) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            x
+            for x in jax.tree.leaves(nnx.state(module, nnx.RngState))
+            if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         ]
 
     def apply(variables: Variables, inputs, key: Key | None):
@@ -152,7 +156,7 @@ def from_linen(
     def init(key: Key) -> Variables:
         params_key, stream_key = jax.random.split(key)
         variables = dict(module.init({"params": params_key, stream: stream_key}, example, **evaluate))
-        return Variables(variables.pop("params"), variables)
+        return Variables(variables.pop("params", {}), variables)
 
     def apply(variables: Variables, inputs, key: Key | None):
         if key is None:

@@ -1,6 +1,7 @@
 """Multilayer perceptron."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from bayescal.models.adapters import from_nnx
 from bayescal.types import Model
@@ -28,7 +29,7 @@ def mlp(
     class MLP(nnx.Module):
         def __init__(self, rngs):
             widths = [in_features, *hidden]
-            self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+            self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairwise(widths)])
             self.norm = nnx.List([nnx.BatchNorm(b, rngs=rngs) for b in hidden] if batch_norm else [])
             self.dropout = nnx.List([nnx.Dropout(dropout, rngs=rngs) for _ in hidden] if dropout else [])
             self.head = nnx.Linear(widths[-1], out_features, rngs=rngs)

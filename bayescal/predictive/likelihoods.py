@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from bayescal.predictive import Bernoulli, Gaussian, float32_or_wider
+from bayescal.predictive.categorical import Bernoulli
+from bayescal.predictive.gaussian import Gaussian
+from bayescal.predictive.mixture import float32_or_wider
 from bayescal.types import Array
 
 

@@ -1,0 +1,30 @@
+"""Predictive distributions as values: mixtures over members, the member axis first.
+
+Pooling happens in one function, `log_pool`, in log space; axes join in one function, `merge_members`.
+"""
+
+from bayescal.predictive.axes import Predictive, concatenate, merge_members, take
+from bayescal.predictive.categorical import Bernoulli, Categorical, pool
+from bayescal.predictive.gaussian import Gaussian, rescale, variance_of_means
+from bayescal.predictive.likelihoods import heteroscedastic, homoscedastic, one_logit
+from bayescal.predictive.mixture import float32_or_wider, log_pool, normalised_weights, weighted_sum
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Predictive",
+    "concatenate",
+    "float32_or_wider",
+    "heteroscedastic",
+    "homoscedastic",
+    "log_pool",
+    "merge_members",
+    "normalised_weights",
+    "one_logit",
+    "pool",
+    "rescale",
+    "take",
+    "variance_of_means",
+    "weighted_sum",
+]

@@ -1,0 +1,93 @@
+"""Weights of members, pooling in log space, and the checks that all families share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from bayescal.types import Array
+
+
+def float32_or_wider(x: Array) -> jax.Array:
+    """`x` in float32, or in its own precision where that is wider."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def normalised_weights(
+    weights: Float[Array, "member *#batch"] | None, members: int, batch_ndim: int
+) -> Float[jax.Array, "member *#batch"]:
+    """Member weights that sum to one over the member axis: w_s / sum w, or 1 / members where none are given.
+
+    Args:
+        weights: non-negative, (member,) or (member, *batch) with ones where they do not vary; None = equal.
+        members: size of the member axis.
+        batch_ndim: number of batch axes that the result must broadcast to.
+
+    Returns:
+        Float array (member, *ones or batch). NaN where every weight is zero.
+    """
+    if weights is None:
+        return jnp.full((members,) + (1,) * batch_ndim, 1.0 / members, jnp.float32)
+    weights = float32_or_wider(weights)
+    if weights.ndim == 1:
+        weights = weights.reshape((members,) + (1,) * batch_ndim)
+    return weights / weights.sum(0, keepdims=True)
+
+
+def weighted_sum(
+    values: Float[Array, "member *shape"], weights: Float[Array, "member *#shape"]
+) -> Float[jax.Array, "*shape"]:
+    """Sum over members of w_s x_s, in which a member of weight zero counts for nothing even where x_s is NaN."""
+    return jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, values)).sum(0)
+
+
+def log_pool(
+    log_probs: Float[Array, "member *shape"], weights: Float[Array, "member *#shape"]
+) -> Float[jax.Array, "*shape"]:
+    """Log density of the mixture: log sum_s w_s exp(l_s). The one place where distributions are pooled.
+
+    Averages probabilities, never logits; does not underflow (a logit gap of 150 stays -150 and not -inf).
+
+    Args:
+        log_probs: log-probabilities or log-densities of each member, nats.
+        weights: as `normalised_weights` gives them.
+    """
+    shifted = jnp.where(weights == 0, -jnp.inf, log_probs + jnp.log(jnp.where(weights == 0, 1, weights)))
+    return jax.nn.logsumexp(shifted, axis=0)
+
+
+def check_axes(name: str, value, least: int, shape: str) -> None:
+    if np.ndim(value) < least:
+        raise ValueError(
+            f"`{name}` must have shape {shape}, got {np.shape(value)}. "
+            f"For one network add the member axis: `{name}[None]`."
+        )
+
+
+def check_weights(weights, batch: tuple[int, ...], members: int) -> None:
+    shape = np.shape(weights)
+    trailing = shape[1:] if len(shape) > 1 else (1,) * len(batch)
+    if (
+        not shape
+        or shape[0] != members
+        or any(a not in (1, b) for a, b in zip(trailing, batch))
+        or len(trailing) != len(batch)
+    ):
+        raise ValueError(
+            f"`member_weights` must have shape (member,) or (member, *batch) = {(members, *batch)} with ones where it "
+            f"does not vary, got {shape}. Give one weight per member."
+        )
+
+
+def refuse(family: str, what: str, remedy: str):
+    raise TypeError(f"`{what}` does not exist for {family}: expected a family that has it, got {family}. {remedy}")
+
+
+def host_targets(targets, shape, what, layout) -> np.ndarray:
+    targets = np.asarray(targets)
+    if targets.shape != shape:
+        raise ValueError(
+            f"`targets` must be {what} of shape {shape}, which a predictive {layout} sets, got {targets.shape}. "
+            "Pass one target per example; for one network add the member axis: `logits[None]`."
+        )
+    return targets

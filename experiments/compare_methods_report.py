@@ -1,0 +1,220 @@
+"""The page and the printed table of `compare_methods.py`."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import bayescal as bc
+from bayescal import plots
+from bayescal.binning import reliability
+from bayescal.evaluate import measure
+from bayescal.metrics import accuracy_rejection
+from bayescal.report import Picture, Section, Table, figure_png, short, write_report
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLUMNS = {
+    "accuracy": ("test", "accuracy"),
+    "NLL (nats)": ("test", "nll"),
+    "Brier (0 to 2)": ("test", "brier"),
+    "ECE, 15 bins": ("test", "ece"),
+    "AUROC total": ("ood", "auroc_total"),
+    "AUROC epistemic": ("ood", "auroc_epistemic"),
+    "AUROC free energy": ("ood", "auroc_ood"),
+    "AUROC max probability": ("ood", "auroc_max_probability"),
+    "training (s)": ("seconds", "train"),
+}
+
+
+def main_table(result) -> Table:
+    rows = [[name, *(figures[a][b] for a, b in COLUMNS.values())] for name, figures in result["methods"].items()]
+    return Table(["method", *COLUMNS], rows)
+
+
+def print_table(result) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    table = RichTable(title="test images and unseen digits", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for name, *cells in main_table(result).rows:
+        table.add_row(name, *(short(cell.value) for cell in cells))
+    Console(width=130).print(table)
+
+
+def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
+    """Figures as png, and report.html with the same figures inside."""
+    figures = {
+        "reliability": figure_reliability(sets, outcomes),
+        "shift": figure_shift(result),
+        "uncertainty": figure_uncertainty(outcomes),
+        "rejection": figure_rejection(sets, outcomes),
+    }
+    if "deep_ensemble" in outcomes:
+        figures["aleatoric"] = figure_images(sets, outcomes["deep_ensemble"], "aleatoric")
+        figures["epistemic"] = figure_images(sets, outcomes["deep_ensemble"], "epistemic")
+    pictures = {name: Picture(name, figure_png(figure)) for name, figure in figures.items()}
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / "figures" / f"{name}.png").write_bytes(picture.png)
+    seeds = f"{config.seeds} splits and seeds" if config.seeds > 1 else "one split and seed"
+    sizes = ", ".join(
+        f"{len(x)} {name}"
+        for name, x in {"training": sets.train.targets, "validation": sets.validation.targets}.items()
+    )
+    lead = (
+        f"{len(outcomes)} methods on scikit-learn's digits: classes 0 to 7 are learnt ({sizes} and "
+        f"{len(sets.asked['test'][1])} test images), {len(sets.asked['ood'][1])} images of 8 and 9 are never seen in "
+        f"training. {seeds[0].upper() + seeds[1:]}, starting at {config.seed}."
+    )
+    first = "" if config.seeds == 1 else f" Drawn from the first of the {config.seeds} seeds."
+    sections = [
+        Section(
+            "Methods and metrics",
+            "Small figures: 95 % intervals. AUROC separates unseen digits (positive) from test images.",
+            [main_table(result)],
+        ),
+        *([Section("Paired differences", "", [comparison_table(result)])] if result["comparisons"] else []),
+        Section(
+            "Calibration",
+            "Accuracy against confidence of the top label, with 95 % Wilson bands; points grow with their share of "
+            f"images. Above the diagonal = under-confident.{first}",
+            [pictures["reliability"]],
+        ),
+        Section("Under shift", "Test images under noise, rotation and contrast, five severities.", [pictures["shift"]]),
+        Section(
+            "What the uncertainty is made of",
+            "Quartiles over images, outliers left out. Epistemic uncertainty should rise on what training never "
+            f"showed.{first}",
+            [decomposition_table(result), pictures["uncertainty"]],
+        ),
+    ]
+    if "deep_ensemble" in outcomes:
+        sections.append(
+            Section(
+                "What the deep ensemble is unsure about",
+                "Test and unseen images with the largest aleatoric, then epistemic, uncertainty (nats). Below each: the "
+                f"class probabilities of every member, one row each.{first}",
+                [pictures["aleatoric"], pictures["epistemic"]],
+            )
+        )
+    settings = Table(["setting", "value"], [[k, str(v)] for k, v in result["config"].items()])
+    versions = Table(["package", "version"], [[k, v] for k, v in result["versions"].items()])
+    sections += [
+        Section(
+            "Rejecting the unsure",
+            "Accuracy of what is kept when the images of largest total uncertainty are rejected. Right: test and "
+            f"unseen images together, where every answer on an unseen digit is wrong.{first}",
+            [pictures["rejection"]],
+        ),
+        Section("Conventions", "\n".join(f"{k}: {v}" for k, v in conventions.items())),
+        Section("What was run", "", [settings, versions]),
+    ]
+    write_report(folder / "report.html", "Uncertainty methods on digits with two unseen classes", lead, sections)
+    plt.close("all")
+
+
+def comparison_table(result) -> Table:
+    rows = []
+    for name, value in result["comparisons"].items():
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        for kind, estimate in items:
+            rows.append(
+                [f"{name} {kind}".replace("_", " ").strip(), estimate, estimate.convention.split("; mean over")[0]]
+            )
+    return Table(["difference", "value", "reading"], rows)
+
+
+def decomposition_table(result) -> Table:
+    sets = list(next(iter(result["methods"].values()))["decomposition"])
+    rows = [
+        [name, part, *(figures["decomposition"][s][part] for s in sets)]
+        for name, figures in result["methods"].items()
+        for part in ("total", "aleatoric", "epistemic")
+    ]
+    return Table(["method", "part (nats)", *(s.replace("_", " ") for s in sets)], rows)
+
+
+def figure_reliability(sets, outcomes):
+    figure, axes = plt.subplots(2, len(outcomes), figsize=(2.3 * len(outcomes), 5), squeeze=False, layout="constrained")
+    metric = {"h": bc.confidence_histogram(num_bins=15)}
+    for i, (name, outcome) in enumerate(outcomes.items()):
+        groups = {"test": ["test"], "shift, severity 5": [(kind, 5) for kind in bc.data.CORRUPTIONS]}
+        for row, (label, members) in enumerate(groups.items()):
+            sums = [measure(outcome.pooled[s], sets.asked[s][1], metric)["h"] for s in members]
+            total = type(sums[0])(*(sum(x) for x in zip(*sums, strict=True)))
+            plots.reliability_diagram(axes[row, i], reliability(total), colour=plots.COLOURS[i])
+            axes[row, i].set_title(f"{name}\n{label}" if row == 0 else label, fontsize=9)
+            axes[row, i].label_outer()
+    return figure
+
+
+def figure_shift(result):
+    kinds = list(bc.data.CORRUPTIONS)
+    figure, axes = plt.subplots(3, len(kinds), figsize=(11, 7.5), sharex=True, sharey="row", layout="constrained")
+    for row, metric in enumerate(("accuracy", "nll", "ece")):
+        for column, kind in enumerate(kinds):
+            lines = {}
+            for name, figures in result["methods"].items():
+                shifted = figures["shift"][kind]
+                values = [figures["test"][metric].value] + [shifted[s][metric].value for s in shifted]
+                lines[name] = (np.arange(len(values)), np.array(values))
+            plots.curves(axes[row, column], lines, title=kind if row == 0 else "", ylabel=metric if column == 0 else "")
+            axes[-1, column].set_xlabel("severity (0 = test)")
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def figure_uncertainty(outcomes):
+    figure, axes = plt.subplots(
+        1, len(outcomes), figsize=(2.5 * len(outcomes), 3.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    for one, (name, outcome) in zip(axes[0], outcomes.items(), strict=True):
+        shift = [outcome.parts[kind, 5] for kind in bc.data.CORRUPTIONS]
+        parts = {
+            "test": outcome.parts["test"],
+            "shift 5": bc.Uncertainty(*(np.concatenate(x) for x in zip(*shift, strict=True))),
+            "unseen": outcome.parts["ood"],
+        }
+        split = {k: {p: getattr(v, p) for p in ("total", "aleatoric", "epistemic")} for k, v in parts.items()}
+        plots.uncertainty_parts(one, split, title=name)
+        one.label_outer()
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def figure_rejection(sets, outcomes):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    correct = lambda pred, targets: pred.logits[0].argmax(-1) == targets
+    shifted, mixed = {}, {}
+    for name, outcome in outcomes.items():
+        names = [(kind, s) for kind in bc.data.CORRUPTIONS for s in range(1, 6)]
+        right = np.concatenate([correct(outcome.pooled[s], sets.asked[s][1]) for s in names])
+        shifted[name] = accuracy_rejection(np.concatenate([outcome.parts[s].total for s in names]), right)
+        right = np.r_[correct(outcome.pooled["test"], sets.asked["test"][1]), np.zeros(len(sets.asked["ood"][1]), bool)]
+        scores = np.concatenate([outcome.parts[s].total for s in ("test", "ood")])
+        mixed[name] = accuracy_rejection(scores, right)
+    plots.curves(
+        axes[0], shifted, title="all shifted test images", xlabel="share rejected", ylabel="accuracy of the rest"
+    )
+    plots.curves(axes[1], mixed, title="test and unseen images", xlabel="share rejected")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def figure_images(sets, outcome, part: str, number_shown: int = 12):
+    values = np.concatenate([getattr(outcome.parts[s], part) for s in ("test", "ood")])
+    worst = np.argsort(-values, kind="stable")[:number_shown]
+    pictures = np.concatenate([sets.asked[s][0] for s in ("test", "ood")])[worst]
+    labels = np.concatenate([sets.asked[s][1] for s in ("test", "ood")])[worst]
+    both = bc.concatenate([outcome.preds["test"], outcome.preds["ood"]])
+    axes = plots.members(bc.take(both, worst), pictures)
+    for one, label, value in zip(axes[0], labels, values[worst], strict=True):
+        one.set_title(f"{'unseen ' if label > 7 else ''}{label}\n{value:.2f}", fontsize=8)
+    figure = axes[0, 0].figure
+    figure.suptitle(f"largest {part} uncertainty", fontsize=10)
+    return figure

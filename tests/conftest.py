@@ -1,0 +1,63 @@
+"""Several CPU devices, one key, shapes checked at run time."""
+
+import os
+
+# Optimisation stays at its default: level 0 compiles faster, and then gives NaN for convolutions.
+_FLAGS = "--xla_force_host_platform_device_count=2 --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import jax
+import jaxtyping
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+with install_import_hook("bayescal", "typecheck.checker"):
+    import bayescal
+    import bayescal.testing  # noqa: F401
+
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(7)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+@contextmanager
+def strictly():
+    """Strict rank and type promotion, and warnings as errors: for our own pure functions."""
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Without the run-time shape checks, which only tests have: what a user meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def strict():
+    with strictly():
+        yield

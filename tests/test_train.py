@@ -1,0 +1,192 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods import blobs, pure_model
+
+import bayescal as bc
+from bayescal.progress import describe
+from bayescal.train import _shuffle
+
+pytestmark = pytest.mark.core
+
+
+def method(learning_rate=0.05):
+    return bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(learning_rate))
+
+
+def test_every_row_once_an_epoch_and_padding_last():
+    keys = jax.random.split(jax.random.key(0), 3)
+    (numbers, index, padding), _ = _shuffle(keys, 0, 10, 3, 4)
+    assert index.shape == (3, 3, 4) and list(numbers[0]) == [0, 1, 2]
+    for m in range(3):
+        flat, counted = np.asarray(index[m]).ravel(), np.asarray(padding[m]).ravel()
+        assert sorted(flat[counted > 0]) == list(range(10))
+        assert list(counted) == [1] * 10 + [0] * 2
+    assert (index[0] != index[1]).any(), "members shuffle apart"
+    (_, later, _), _ = _shuffle(keys, 1, 10, 3, 4)
+    assert (later != index).any(), "epochs shuffle afresh"
+
+
+def test_an_epoch_is_its_updates_by_hand(key):
+    """One epoch of `fit` against a plain loop over the same batches."""
+    data = blobs()
+    fitted = bc.fit(method(), data, key, epochs=1, batch_size=8, progress=False)
+    init_key, train_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    (_, index, padding), _ = _shuffle(train_key[None], 0, 30, 4, 8)
+    variables, losses = method().init(init_key, None).variables.params, []
+    w, b = (np.asarray(variables[k], float) for k in ("w", "b"))
+    for rows, mask in zip(np.asarray(index[0]), np.asarray(padding[0])):
+        x, y = data.inputs[rows].astype(float), data.targets[rows]
+        logits = x @ w + b
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        losses.append((-(np.log(p[np.arange(8), y]) * mask).sum() / mask.sum(), mask.sum()))
+        error = (p - np.eye(3)[y]) * mask[:, None] / mask.sum()
+        w, b = w - 0.05 * x.T @ error, b - 0.05 * error.sum(0)
+    np.testing.assert_allclose(fitted.state.variables.params["w"], w, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(fitted.state.variables.params["b"], b, rtol=1e-4, atol=1e-6)
+    mean = sum(a * n for a, n in losses) / 30
+    np.testing.assert_allclose(fitted.history["loss"], [[mean]], rtol=1e-5)
+
+
+def test_row_weights_are_repetition(key):
+    data = blobs()
+    weights = np.tile([2.0, 0.0, 1.0], 10).astype(np.float32)
+    weighted = bc.fit(method(), data._replace(weights=weights), key, epochs=5, batch_size=30, progress=False)
+    rows = np.repeat(np.arange(30), weights.astype(int))
+    repeated = bc.fit(
+        method(), bc.Dataset(data.inputs[rows], data.targets[rows]), key, epochs=5, batch_size=30, progress=False
+    )
+    np.testing.assert_allclose(
+        weighted.state.variables.params["w"], repeated.state.variables.params["w"], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_history_and_report(key):
+    fitted = bc.fit(bc.ensemble(method(), 3), blobs(), key, epochs=4, batch_size=10, progress=False)
+    assert fitted.history["loss"].shape == (4, 3)
+    assert (fitted.history["loss"][-1] < fitted.history["loss"][0]).all()
+    assert fitted.members.alive.all() and (fitted.members.stopped_epoch == 4).all()
+    np.testing.assert_array_equal(fitted.members.last_finite_loss, fitted.history["loss"][-1])
+
+
+def test_best_state_by_validation(key):
+    """A huge step at the end spoils the last state and not the best one."""
+    schedule = optax.piecewise_constant_schedule(0.1, {27: 1e4})  # 3 updates an epoch, 10 epochs
+    wild = bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(schedule))
+    data = blobs()
+    fitted = bc.fit(bc.ensemble(wild, 2), data, key, epochs=10, batch_size=10, validation=data, progress=False)
+    scores = fitted.history["validation_nll"]
+    assert (scores.argmin(0) < 9).all() and (scores[-1] > 2 * scores.min(0)).all()
+    for m in range(2):
+        one = jax.tree.map(lambda x, m=m: x[m], fitted.best.members)
+        pred = bc.predict(wild, one, data.inputs, key)
+        np.testing.assert_allclose(-pred.log_prob(data.targets).mean(), scores[:, m].min(), rtol=1e-5)
+
+
+def test_a_diverged_member_is_reported_and_does_not_count(key):
+    build = lambda s: bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(s))
+    data = blobs()
+    both = bc.ensemble(build, settings=jnp.array([0.05, jnp.inf]))
+    fitted = bc.fit(both, data, key, epochs=3, batch_size=10, progress=False)
+    assert list(fitted.members.alive) == [True, False]
+    assert fitted.members.stopped_epoch[1] == 0 and np.isnan(fitted.members.last_finite_loss[1])
+    pred = bc.predict(both, fitted.state, data.inputs, key)
+    healthy = bc.fit(
+        bc.ensemble(build, settings=jnp.array([0.05, 0.05])), data, key, epochs=3, batch_size=10, progress=False
+    )
+    alone = jax.tree.map(lambda x: x[:1], bc.predict(both, healthy.state, data.inputs, key))
+    np.testing.assert_allclose(pred.pooled_mean(), alone.pooled_mean(), rtol=1e-5)
+    assert not bc.decompose(pred).epistemic.any()
+
+
+def test_all_members_diverged(key):
+    with pytest.raises(
+        ValueError, match=r"`loss` must stay finite for at least one member, got none of 1.*epochs \[0\]"
+    ):
+        bc.fit(method(jnp.inf), blobs(), key, epochs=2, batch_size=10, progress=False)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 10, 30, 100])
+def test_chunks_do_not_matter(key, chunk_size):
+    net = bc.models.mlp(4, (8,), 3, dropout=0.5)
+    dropout = bc.ensemble(bc.mc_dropout(net, bc.Categorical, optax.sgd(0.1), num_draws=2), 2)
+    state = dropout.init(key, None)
+    whole = bc.predict(dropout, state, blobs().inputs, key)
+    parts = bc.predict(dropout, state, blobs().inputs, key, chunk_size=chunk_size)
+    assert whole.logits.shape == (4, 30, 3)
+    np.testing.assert_allclose(parts.logits, whole.logits, rtol=1e-5, atol=1e-6)
+
+
+def bad(**changes):
+    data = blobs()._replace(**changes)
+    return lambda key: bc.fit(method(), data, key, epochs=1, batch_size=10, progress=False)
+
+
+def with_value(value):
+    inputs = blobs().inputs.copy()
+    inputs[4, 2] = value
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            bad(inputs=with_value(np.nan)),
+            "`data.inputs` must be finite, got NaN or infinity in 1 of 30 rows, first in row 4",
+        ),
+        (bad(inputs=with_value(np.inf)), "`data.inputs` must be finite"),
+        (bad(inputs=np.zeros((0, 4), np.float32)), "`data.inputs` must have at least one row"),
+        (bad(targets=np.zeros(29, np.int32)), "`data.targets` must have the 30 rows of `data.inputs`"),
+        (bad(targets=np.full(30, 3, np.int32)), r"`targets` must lie in \[0, 3\), got values from 3 to 3"),
+        (bad(targets=np.zeros(30, np.float32)), "`targets` must be integer class labels, got float32"),
+        (bad(targets=np.zeros((30, 2), np.int32)), "`targets` must be integer class labels of shape"),
+        (bad(weights=-np.ones(30)), "`data.weights` must be one non-negative number a row"),
+        (
+            lambda key: bc.fit(method(), blobs(), key, epochs=0, batch_size=10),
+            "`epochs` must be a whole number of at least 1, got 0",
+        ),
+        (
+            lambda key: bc.fit(method(), blobs(), key, epochs=1, batch_size=31),
+            "`batch_size` must be a whole number from 1 to the 30 rows of the data, got 31",
+        ),
+        (
+            lambda key: bc.fit(method(), blobs(), key, epochs=1, batch_size=10, execution="pmap"),
+            "`execution` must be 'map', 'vmap' or None, got 'pmap'",
+        ),
+        (
+            lambda key: bc.fit(
+                method(), blobs(), key, epochs=1, batch_size=10, validation=blobs()._replace(targets=np.full(30, 9))
+            ),
+            r"`validation.targets` must lie in \[0, 3\)",
+        ),
+        (
+            lambda key: bc.predict(method(), method().init(key, None), with_value(np.nan), key),
+            "`inputs` must be finite, got NaN or infinity in 1 of 30 rows",
+        ),
+        (
+            lambda key: bc.predict(method(), method().init(key, None), np.zeros((0, 4), np.float32), key),
+            "`inputs` must have at least one row",
+        ),
+        (
+            lambda key: bc.predict(method(), method().init(key, None), blobs().inputs, key, chunk_size=0),
+            "`chunk_size` must be a whole number of at least 1, got 0",
+        ),
+    ],
+)
+def test_bad_input(unchecked, key, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(key)
+
+
+def test_no_dataset(unchecked, key):
+    with pytest.raises(TypeError, match=r"`data` must be a Dataset\(inputs, targets\), got tuple"):
+        bc.fit(method(), (blobs().inputs, blobs().targets), key, epochs=1, batch_size=10)
+
+
+def test_progress_names_every_loss_or_their_range():
+    assert describe(np.array([0.5, 0.25])) == "loss 0.500 0.250"
+    assert describe(np.r_[np.linspace(1, 2, 9), np.nan]) == "loss 1.000 to 2.000 (9 finite)"
