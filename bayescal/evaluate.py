@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights
     rows = len(targets)
     weights = np.ones(rows, np.float32) if weights is None else np.asarray(weights, np.float32)
     names, parts = tuple(metrics), tuple(m.measure for m in metrics.values())
-    size, totals = min(batch_size, rows), None
+    size = min(batch_size, rows)
+    totals: Any = None
     for first in range(0, rows, size):
         index = np.arange(first, first + size)
         mask = weights[index % rows] * (index < rows)
@@ -74,20 +76,15 @@ def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
         values: one figure per run.
         convention: added to what the interval is.
     """
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return Estimate(float(values.mean()), n=len(values), convention=convention)
+    runs = np.asarray(values, np.float64)
+    mean, n = float(runs.mean()), len(runs)
+    if n < 2:
+        return Estimate(mean, n=n, convention=convention)
     from scipy.stats import t  # slow to import
 
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    note = f"mean over {len(values)} runs, 95 % t interval"
-    return Estimate(
-        float(values.mean()),
-        float(values.mean() - half),
-        float(values.mean() + half),
-        len(values),
-        f"{convention}; {note}" if convention else note,
-    )
+    half = float(t.ppf(0.975, n - 1) * runs.std(ddof=1) / np.sqrt(n))
+    note = f"mean over {n} runs, 95 % t interval"
+    return Estimate(mean, mean - half, mean + half, n, f"{convention}; {note}" if convention else note)
 
 
 def check_predictive(pred: Predictive, batch_ndim: int | None = None) -> None:

@@ -15,7 +15,7 @@ from bayescal.types import Estimate
 
 
 class Table(NamedTuple):
-    """A table of a report: the first column names the rows. Cells are words or `Estimate`s."""
+    """A table of a report: the first column names the rows. Cells are words or `Estimate`s; words may wrap."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -125,7 +125,8 @@ def _cell(value) -> str:
     if isinstance(value, Estimate) and value.low is not None:
         interval = f"{short(value.low)} – {short(value.high)}"
         return f"<td>{short(value.value)}<small>{interval}</small></td>"
-    return f"<td>{html.escape(number(value))}</td>"
+    words = " class=words" if isinstance(value, str) else ""
+    return f"<td{words}>{html.escape(number(value))}</td>"
 
 
 _STYLE = """
@@ -136,5 +137,6 @@ p{max-width:80ch;margin:6px 0}img{max-width:100%;height:auto;display:block;margi
 .wide{overflow-x:auto;margin:12px 0}table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:5px 12px 5px 0;text-align:right;border-bottom:1px solid #e3e6e9;white-space:nowrap;vertical-align:top}
 th{font-weight:600;color:#4c5a67;white-space:normal;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left}td small{display:block;color:#6c7783;font-size:11.5px}
+th:first-child,td:first-child,td.words{text-align:left}td.words{white-space:normal}
+td small{display:block;color:#6c7783;font-size:11.5px}
 """

@@ -238,7 +238,7 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
             f"and {config.seeds}. Check the spelling."
         )
     began = time.perf_counter()
-    per_seed, comparisons, first = [], [], None
+    per_seed, comparisons, first = [], [], []
     methods: dict[str, bc.Method] = {}
     for seed in range(config.seed, config.seed + config.seeds):
         sets = load_sets(seed, config.max_rows)
@@ -246,12 +246,12 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
         for name in config.methods:
             method = methods.setdefault(name, METHODS[name](config, len(sets.train.targets)))
             outcomes[name] = run_method(config, name, method, sets, seed)
-            where = folder / "predictions" if first is None else folder / "predictions" / f"seed{seed}"
+            where = folder / "predictions" if not first else folder / "predictions" / f"seed{seed}"
             save_predictions(where / f"{name}.npz", outcomes[name].preds["test"], sets.asked["test"][1])
             print(f"seed {seed}  {name:22s} {outcomes[name].figures['seconds']['train'].value:6.1f} s", flush=True)
         per_seed.append({name: outcome.figures for name, outcome in outcomes.items()})
         comparisons.append(compare(outcomes, sets))
-        first = first or (sets, outcomes)
+        first = first or [sets, outcomes]
     result = {
         "methods": over_seeds(per_seed),
         "comparisons": over_seeds(comparisons),
@@ -261,7 +261,7 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
     }
     save_json(folder / "metrics.json", result)
     (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-    write(folder, config, result, *first, CONVENTIONS)
+    write(folder, config, result, first[0], first[1], CONVENTIONS)
     print_table(result)
     print(f"{folder / 'report.html'} ({time.perf_counter() - began:.0f} s)")
     return result

@@ -28,6 +28,9 @@ COLUMNS = {
 }
 
 
+LABELS = {"accuracy": "accuracy", "nll": "NLL (nats, log scale)", "ece": "ECE"}
+
+
 def main_table(result) -> Table:
     rows = [[name, *(figures[a][b] for a, b in COLUMNS.values())] for name, figures in result["methods"].items()]
     return Table(["method", *COLUMNS], rows)
@@ -163,8 +166,11 @@ def figure_shift(result):
                 shifted = figures["shift"][kind]
                 values = [figures["test"][metric].value] + [shifted[s][metric].value for s in shifted]
                 lines[name] = (np.arange(len(values)), np.array(values))
-            plots.curves(axes[row, column], lines, title=kind if row == 0 else "", ylabel=metric if column == 0 else "")
+            plots.curves(
+                axes[row, column], lines, title=kind if row == 0 else "", ylabel=LABELS[metric] if column == 0 else ""
+            )
             axes[-1, column].set_xlabel("severity (0 = test)")
+    axes[1, 0].set_yscale("log")
     axes[0, 0].legend(fontsize=8)
     return figure
 

@@ -221,3 +221,11 @@ def test_bad_settings(unchecked, build, message):
 def test_num_data_is_required():
     with pytest.raises(TypeError, match="num_data"):
         bc.variational(pure_model(), bc.Categorical, optax.adam(1e-2), num_draws=2)
+
+
+def test_ensemble_of_the_wrong_kind(unchecked):
+    lone = bc.map_estimate(pure_model(), bc.Categorical, optax.adam(1e-2))
+    with pytest.raises(TypeError, match="`method` must be a Method when `num_members` is given, got function"):
+        bc.ensemble(lambda settings: lone, 3)
+    with pytest.raises(TypeError, match="`method` must be a function from one member's settings"):
+        bc.ensemble(lone, settings=jnp.ones(3))

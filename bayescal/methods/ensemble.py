@@ -84,6 +84,7 @@ def ensemble(
 
     Raises:
         ValueError: neither or both of `num_members` and `settings`; fewer than one member; ragged settings.
+        TypeError: a function where a method is wanted, or the other way round.
     Source: Lakshminarayanan et al. 2017 (deep ensembles).
     """
     if (num_members is None) == (settings is None):
@@ -94,8 +95,18 @@ def ensemble(
     if settings is None:
         if not isinstance(num_members, int) or num_members < 1:
             raise ValueError(f"`num_members` must be a whole number of at least 1, got {num_members!r}. 5 is usual.")
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"`method` must be a Method when `num_members` is given, got {type(method).__name__}. "
+                "A function from settings to a method goes with `settings`."
+            )
         members = Members(Always(method), (), num_members)
     else:
+        if isinstance(method, Method):
+            raise TypeError(
+                "`method` must be a function from one member's settings to its method when `settings` are given, got a "
+                "Method. Write `lambda settings: map_estimate(...)`."
+            )
         sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(settings)}
         if len(sizes) != 1 or sizes == {()}:
             raise ValueError(

@@ -89,7 +89,7 @@ def map_estimate(
         outputs, stats, penalty = model.train(variables, batch.inputs, key)
         mean_loss = weighted_mean(loss(outputs, batch.targets), batch.weights)
         total = mean_loss + share_of_penalty(penalty, num_data)
-        if not no_prior:
+        if not no_prior and num_data is not None:
             total = total + 0.5 * prior_precision * optax.tree.norm(variables.params, squared=True) / num_data
         return total, (stats, {"loss": mean_loss})
 

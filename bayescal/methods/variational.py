@@ -1,7 +1,7 @@
 """Mean-field variational inference over all weights of any network, through NumPyro."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,8 @@ def update(state, batch, key, model, likelihood, optimizer, family, num_data, te
     network_key, draw_key = jax.random.split(key)
 
     def joint():
-        carried = mutable("stats", {"value": state.stats})
+        start: Any = {"value": state.stats}
+        carried: Any = mutable("stats", start)
         variables = Variables(family.unravel(family.prior()), carried["value"])
         outputs, carried["value"], penalty = model.train(variables, batch.inputs, network_key)
         log_prob = likelihood(one_member(outputs)).log_prob(batch.targets)
@@ -101,7 +102,7 @@ def update(state, batch, key, model, likelihood, optimizer, family, num_data, te
     bound = TraceMeanField_ELBO(sum_sites=False)
 
     def objective(posterior):
-        result = bound.loss_with_mutable_state(draw_key, family.guide_params(*posterior), joint, family.guide)
+        result: Any = bound.loss_with_mutable_state(draw_key, family.guide_params(*posterior), joint, family.guide)
         nats = result["loss"]  # of the whole data set, per site
         loss = nats["data"] / num_data
         total = loss + (nats["penalty"] + temperature * nats["weights"]) / num_data
@@ -110,8 +111,8 @@ def update(state, batch, key, model, likelihood, optimizer, family, num_data, te
     posterior = state.location, state.raw_scale
     gradient, (stats, info) = jax.grad(objective, has_aux=True)(posterior)
     change, opt_state = optimizer.update(gradient, state.opt_state, posterior)
-    location, raw_scale = optax.apply_updates(posterior, change)
-    return VariationalState(location, raw_scale, stats, opt_state, state.step + 1), info
+    moved: Any = optax.apply_updates(posterior, change)
+    return VariationalState(moved[0], moved[1], stats, opt_state, state.step + 1), info
 
 
 def predict(state: VariationalState, inputs, key: Key | None, model, likelihood, family: MeanField, num_draws: int):

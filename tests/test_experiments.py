@@ -1,0 +1,108 @@
+"""Every yaml loads, the smoke run leaves what it promises, and repeats to the digit."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from bayescal.config import load_config
+
+YAMLS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_yaml_loads(path):
+    assert load_config(importlib.import_module(path.parent.name).Config, path)
+
+
+def test_every_experiment_has_a_smoke():
+    names = {p.stem for p in (REPOSITORY / "experiments").glob("*.py") if "\nclass Config" in p.read_text()}
+    assert names == {p.parent.name for p in YAMLS if p.stem == "smoke"}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    script = REPOSITORY / "experiments" / "compare_methods.py"
+    command = [sys.executable, script, REPOSITORY / "configs" / "compare_methods" / "smoke.yaml", f"out={folder}"]
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "deep_ensemble" in done.stdout
+    return folder
+
+
+def leaves(tree, path=()):
+    if isinstance(tree, dict) and "value" in tree:
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+
+
+METHODS = {"single", "deep_ensemble", "mc_dropout", "variational", "variational_ensemble"}
+
+
+def test_metrics_json(smoke):
+    result = json.loads((smoke / "metrics.json").read_text())
+    assert set(result) == {"methods", "comparisons", "config", "versions", "conventions"}
+    assert set(result["methods"]) == METHODS
+    for figures in result["methods"].values():
+        assert {"accuracy", "nll", "brier", "ece"} <= set(figures["test"])
+        assert set(figures["shift"]) == {"noise", "rotation", "contrast"}
+        assert all(set(by) == set("12345") for by in figures["shift"].values())
+        assert {"auroc_total", "auroc_epistemic", "auroc_ood", "auroc_max_probability"} == set(figures["ood"])
+        assert {"train", "first_call", "predict"} == set(figures["seconds"])
+        assert {"test", "ood"} <= set(figures["decomposition"])
+        for parts in figures["decomposition"].values():
+            total = parts["aleatoric"]["value"] + parts["epistemic"]["value"]
+            assert abs(total - parts["total"]["value"]) < 1e-5
+    for path, leaf in leaves(result):
+        assert set(leaf) <= {"value", "low", "high", "n", "convention"}, path
+        assert np.isfinite(leaf["value"]), path
+        assert leaf.get("low", -np.inf) <= leaf["value"] <= leaf.get("high", np.inf), path
+    assert result["config"]["epochs"] == 3 and "jax" in result["versions"]
+
+
+def test_what_a_run_leaves(smoke):
+    for name in METHODS:
+        stored = np.load(smoke / "predictions" / f"{name}.npz")
+        assert stored["logits"].ndim == 3 and stored["logits"].shape[1:] == (120, 8)
+        assert stored["labels"].shape == (120,)
+    assert np.load(smoke / "predictions" / "deep_ensemble.npz")["logits"].shape[0] == 3
+    page = (smoke / "report.html").read_text()
+    assert page.count("data:image/png") == 6 and "variational_ensemble" in page
+    assert len(list((smoke / "figures").glob("*.png"))) == 6
+    assert "max_rows: 120" in (smoke / "config.yaml").read_text()
+
+
+def test_two_runs_give_the_same_figures(smoke, tmp_path):
+    """In this process, with two methods: everything but the seconds is the same to the last digit."""
+    module = importlib.import_module("compare_methods")
+    words = ["methods=single,variational", "max_rows=60", "epochs=2", "variational_epochs=2", "progress=false"]
+    config = load_config(module.Config, REPOSITORY / "configs" / "compare_methods" / "smoke.yaml", words)
+    for name in "ab":
+        module.main(config, tmp_path / name)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    for result in (one, two):
+        for figures in result["methods"].values():
+            del figures["seconds"]
+    assert one == two
+
+
+def test_unknown_method(tmp_path):
+    module = importlib.import_module("compare_methods")
+    with pytest.raises(ValueError, match=r"`methods` must be some of single, deep_ensemble.*got dep_ensemble"):
+        module.main(module.Config(methods=("dep_ensemble",)), tmp_path)
+
+
+def test_over_seeds_joins_equal_trees():
+    module = importlib.import_module("compare_methods")
+    import bayescal as bc
+
+    joined = module.over_seeds([{"a": {"b": bc.Estimate(1.0)}, "c": bc.Estimate(0.0)}, {"a": {"b": bc.Estimate(3.0)}}])
+    assert joined["a"]["b"].value == 2 and joined["a"]["b"].n == 2 and set(joined) == {"a"}
