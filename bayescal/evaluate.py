@@ -40,7 +40,7 @@ def evaluate(
     result = {}
     for name, metric in metrics.items():
         low, high = metric.interval(sums[name]) if metric.interval else (None, None)
-        low, high = (None if x is None else float(x) for x in (low, high))
+        low, high = (None if x is None or not np.isfinite(x) else float(x) for x in (low, high))
         result[name] = Estimate(float(metric.compute(sums[name])), low, high, n, metric.convention)
     return result
 

@@ -1,6 +1,6 @@
 """Figures: numpy in, matplotlib axes out. Nothing here computes a metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def curves(
     return axes
 
 
-def images(axes: Sequence, pictures: np.ndarray, titles: Sequence[str]):
+def images(axes: Iterable, pictures: np.ndarray, titles: Sequence[str]):
     """One picture (height, width) or (height, width, channels) per axes, with a title each."""
     for one, picture, title in zip(axes, pictures, titles, strict=False):
         one.imshow(np.squeeze(picture), cmap="gray_r", interpolation="nearest")

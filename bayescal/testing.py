@@ -8,7 +8,7 @@ import numpy as np
 
 from bayescal.decompose import decompose
 from bayescal.methods.ensemble import ensemble
-from bayescal.predictive import concatenate, take
+from bayescal.predictive import concatenate
 from bayescal.train import fit, predict
 from bayescal.types import Batch, Dataset, EnsembleState, Method, Model
 
@@ -127,25 +127,30 @@ def _check_members(method, data, key, rtol):
     both = ensemble(method, 2)
     settings: dict[str, Any] = dict(epochs=1, batch_size=max(1, len(data.targets) // 3), progress=False)
     mapped = fit(both, data, key, execution="map", **settings)
+    stacked = _leaves(mapped.state.members)
     for m in range(2):
         lone = fit(method, data, jax.random.fold_in(key, m), execution="map", **settings)
-        member = jax.tree.map(lambda x, m=m: x[m], mapped.state.members)
-        _same(member, lone.state, f"member {m} under map must be the lone run with fold_in(key, {m}), to the bit")
+        sentence = f"member {m} under map must be the lone run with fold_in(key, {m}), to the bit"
+        _same([x[m] for x in stacked], _leaves(lone.state), sentence)
     vmapped = fit(both, data, key, execution="vmap", **settings)
     # Losses, not states: a bias before batch norm has no gradient but rounding, which Adam blows up to full steps.
     _close(vmapped.history["loss"], mapped.history["loss"], rtol, "vmap and map must agree to rounding")
-    pred = predict(both, mapped.state, data.inputs[:8], key)
+
+    pred = jax.tree.map(np.asarray, predict(both, mapped.state, data.inputs[:8], key))
     own = pred.num_members // 2
-    assert _differ(jax.tree.map(lambda x: x[:own], pred), jax.tree.map(lambda x: x[own:], pred)), "members must differ"
-    dead = EnsembleState(
-        jax.tree.map(
-            lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, mapped.state.members
-        ),
-        jnp.array([True, False]),
-    )
-    alive = predict(both, dead, data.inputs[:8], key)
-    alone = take(jax.tree.map(lambda x: x[:own], pred), np.arange(8))
-    _close(decompose(alive)[:3], decompose(alone)[:3], rtol, "a member that is not alive must not count")
+    first, second = (jax.tree.map(lambda x, part=part: x[part], pred) for part in (slice(own), slice(own, None)))
+    assert _differ(first, second), "members must differ"
+    spoilt = EnsembleState(jax.tree.map(_spoil_second, mapped.state.members), jnp.array([True, False]))
+    rest = predict(both, spoilt, data.inputs[:8], key)
+    _close(decompose(rest)[:3], decompose(first)[:3], rtol, "a member that is not alive must not count")
+
+
+def _spoil_second(leaf):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    leaf = np.array(leaf)
+    leaf[1] = np.nan
+    return leaf
 
 
 def _counting(method, traces):

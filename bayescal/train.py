@@ -58,8 +58,7 @@ def fit(
     def run(function, own, shared=()):
         return _run(function, members.build, execution, members.settings, own, shared)
 
-    keys = member_keys(key, members.number) if method.members else key[None]
-    init_keys, train_keys = (jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(2))
+    init_keys, train_keys = _keys(key, members.number if method.members else None)
     started = start
     if start is not None:
         started = getattr(start, "members", start) if method.members else jax.tree.map(lambda x: x[None], start)
@@ -90,8 +89,7 @@ def fit(
     if method.members:
         alive = jnp.asarray(report.alive)
         return Fit(EnsembleState(state, alive), EnsembleState(best, alive), history, report)
-    alone = lambda tree: jax.tree.map(lambda x: x[0], tree)
-    return Fit(alone(state), alone(best), history, report)
+    return Fit(_alone(state), _alone(best), history, report)
 
 
 def predict(method: Method, state, inputs, key: Key | None, *, chunk_size: int = 8192) -> Predictive:
@@ -167,6 +165,18 @@ def _keep_better(best, best_score, state, score):
     better = score < best_score
     choose = lambda new, old: jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
     return jax.tree.map(choose, state, best), jnp.where(better, score, best_score)
+
+
+@partial(jax.jit, static_argnums=1)
+def _keys(key, number):
+    """Each member's key for init and for training; a lone method (number None) uses `key` as its member key."""
+    keys = key[None] if number is None else member_keys(key, number)
+    return tuple(jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(2))
+
+
+@jax.jit
+def _alone(tree):
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

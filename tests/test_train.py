@@ -190,3 +190,16 @@ def test_no_dataset(unchecked, key):
 def test_progress_names_every_loss_or_their_range():
     assert describe(np.array([0.5, 0.25])) == "loss 0.500 0.250"
     assert describe(np.r_[np.linspace(1, 2, 9), np.nan]) == "loss 1.000 to 2.000 (9 finite)"
+
+
+def test_one_logit_from_data_to_parts(key):
+    data = blobs(classes=2)
+    binary = bc.ensemble(bc.map_estimate(bc.models.mlp(4, (8,), 1), bc.one_logit, optax.adam(0.02)), 2)
+    fitted = bc.fit(binary, data, key, epochs=40, batch_size=10, progress=False)
+    pred = bc.predict(binary, fitted.state, data.inputs, key)
+    assert isinstance(pred, bc.Bernoulli) and pred.logits.shape == (2, 30)
+    metrics = {"accuracy": bc.accuracy(), "nll": bc.nll(), "brier": bc.brier(), "ece": bc.calibration_error()}
+    figures = bc.evaluate(pred, data.targets, metrics)
+    assert figures["accuracy"].value > 0.9 and figures["nll"].value < 0.4
+    parts = bc.decompose(pred)
+    np.testing.assert_allclose(parts.total, pred.entropy(), rtol=1e-4)

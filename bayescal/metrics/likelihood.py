@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from bayescal.binning import wilson_interval
@@ -48,8 +49,9 @@ def mean_metric(score: Callable[[Predictive, Array], Float[Array, "batch"]], con
 
     def normal_interval(sums):
         mean = sums.value / sums.weight
-        half = 1.959963984540054 * (abs(sums.square / sums.weight - mean**2) / sums.weight) ** 0.5
-        return mean - half, mean + half
+        with np.errstate(invalid="ignore"):  # an infinite score has no interval: NaN
+            half = 1.959963984540054 * (abs(sums.square / sums.weight - mean**2) / sums.weight) ** 0.5
+            return mean - half, mean + half
 
     return Metric(measure, lambda sums: sums.value / sums.weight, interval or normal_interval, convention)
 

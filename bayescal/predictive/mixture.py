@@ -57,6 +57,7 @@ def log_pool(
 
 
 def check_axes(name: str, value, least: int, shape: str) -> None:
+    """Raises unless `value` has at least `least` axes, the member axis among them."""
     if np.ndim(value) < least:
         raise ValueError(
             f"`{name}` must have shape {shape}, got {np.shape(value)}. "
@@ -65,6 +66,7 @@ def check_axes(name: str, value, least: int, shape: str) -> None:
 
 
 def check_weights(weights, batch: tuple[int, ...], members: int) -> None:
+    """Raises unless `weights` have shape (member,) or (member, *batch), with ones where they do not vary."""
     shape = np.shape(weights)
     trailing = shape[1:] if len(shape) > 1 else (1,) * len(batch)
     if (
@@ -80,10 +82,12 @@ def check_weights(weights, batch: tuple[int, ...], members: int) -> None:
 
 
 def refuse(family: str, what: str, remedy: str):
+    """Raises TypeError for what a family of predictives cannot have."""
     raise TypeError(f"`{what}` does not exist for {family}: expected a family that has it, got {family}. {remedy}")
 
 
 def host_targets(targets, shape, what, layout) -> np.ndarray:
+    """`targets` as numpy; raises unless they have the shape that the predictive sets."""
     targets = np.asarray(targets)
     if targets.shape != shape:
         raise ValueError(
