@@ -114,7 +114,11 @@ def write_report(path: Path, title: str, lead: str, sections: Sequence[Section])
 
 def _part(part) -> str:
     if isinstance(part, Table):
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in part.columns)
+        words = [all(isinstance(row[i], str) for row in part.rows) for i in range(len(part.columns))]
+        head = "".join(
+            f"<th{' class=words' if left else ''}>{html.escape(c)}</th>"
+            for c, left in zip(part.columns, words, strict=True)
+        )
         rows = "".join("<tr>" + "".join(_cell(c) for c in row) + "</tr>" for row in part.rows)
         return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     data = base64.b64encode(part.png).decode()
@@ -131,12 +135,12 @@ def _cell(value) -> str:
 
 _STYLE = """
 :root{color-scheme:light}body{margin:0;background:#f5f6f7;color:#1d2329;font:16px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 32px 64px;background:#fff}
+main{max-width:1160px;margin:0 auto;padding:24px 32px 64px;background:#fff}
 h1{font-size:28px;margin:8px 0}h2{font-size:20px;margin:36px 0 4px}.lead{color:#4c5a67;margin-top:0}
 p{max-width:80ch;margin:6px 0}img{max-width:100%;height:auto;display:block;margin:12px 0}
 .wide{overflow-x:auto;margin:12px 0}table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
-th,td{padding:5px 12px 5px 0;text-align:right;border-bottom:1px solid #e3e6e9;white-space:nowrap;vertical-align:top}
+th,td{padding:5px 11px 5px 0;text-align:right;border-bottom:1px solid #e3e6e9;white-space:nowrap;vertical-align:top}
 th{font-weight:600;color:#4c5a67;white-space:normal;vertical-align:bottom}
-th:first-child,td:first-child,td.words{text-align:left}td.words{white-space:normal}
+th:first-child,td:first-child,.words{text-align:left}td.words{white-space:normal}
 td small{display:block;color:#6c7783;font-size:11.5px}
 """

@@ -220,13 +220,19 @@ def temperature(pred: bc.Categorical, targets) -> bc.Temperature | None:
 
 
 def over_seeds(results: list[Any]) -> Any:
-    """Joins equal trees of Estimates: one seed as it is, several as their mean with a t interval."""
+    """Joins equal trees of Estimates: one seed as it is, several as their mean with a t interval; seconds as medians."""
     if isinstance(results[0], dict):
         keys = [k for k in results[0] if all(k in r for r in results)]
-        return {k: over_seeds([r[k] for r in results]) for k in keys}
+        return {k: (median if k == "seconds" else over_seeds)([r[k] for r in results]) for k in keys}
     if len(results) == 1:
         return results[0]
     return bc.mean_over_runs([r.value for r in results], results[0].convention)
+
+
+def median(results: list[dict[str, bc.Estimate]]) -> dict[str, bc.Estimate]:
+    """Medians over seeds, of which the first alone compiles: a mean would mix the two."""
+    values = {phase: [r[phase].value for r in results] for phase in results[0]}
+    return {phase: bc.Estimate(float(np.median(x)), n=len(x)) for phase, x in values.items()}
 
 
 def main(config: Config, folder: Path) -> dict[str, Any]:
@@ -278,7 +284,7 @@ CONVENTIONS = {
     "for ECE, whose bootstrap does not cover). Several seeds: Student's t over seeds, each with its own split; splits "
     "share images, so that the intervals are for the mean over splits of this data set.",
     "seconds": "wall clock; train includes compilation on the first seed; first_call = first prediction of all sets, "
-    "compilation included on the first seed; predict = the same again",
+    "compilation included on the first seed; predict = the same again. Several seeds: medians.",
 }
 
 

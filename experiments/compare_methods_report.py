@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 COLUMNS = {
     "accuracy": ("test", "accuracy"),
     "NLL (nats)": ("test", "nll"),
-    "Brier (0 to 2)": ("test", "brier"),
+    "Brier": ("test", "brier"),
     "ECE, 15 bins": ("test", "ece"),
     "AUROC total": ("ood", "auroc_total"),
     "AUROC epistemic": ("ood", "auroc_epistemic"),
@@ -139,7 +139,7 @@ def decomposition_table(result) -> Table:
         for name, figures in result["methods"].items()
         for part in ("total", "aleatoric", "epistemic")
     ]
-    return Table(["method", "part (nats)", *(s.replace("_", " ") for s in sets)], rows)
+    return Table(["method", "part (nats)", *("unseen" if s == "ood" else s.replace("_", " ") for s in sets)], rows)
 
 
 def figure_reliability(sets, outcomes):
