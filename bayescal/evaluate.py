@@ -5,10 +5,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bayescal.predictive import Predictive, take
+from bayescal.predictive import Predictive, check_rows, take
 from bayescal.types import Estimate, Metric
 
 
@@ -48,7 +47,12 @@ def evaluate(
 def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int = 2**16) -> dict:
     """The metrics' sums over all rows, float64 numpy, for those who merge or read them: name -> sums. As `evaluate`."""
     targets = np.asarray(targets)
-    _check(pred, targets, weights, batch_size)
+    check_rows(pred, targets, weights)
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
+        raise ValueError(
+            f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
+            "Leave it out for 2**16."
+        )
     rows = len(targets)
     weights = np.ones(rows, np.float32) if weights is None else np.asarray(weights, np.float32)
     names, parts = tuple(metrics), tuple(m.measure for m in metrics.values())
@@ -85,63 +89,3 @@ def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
     half = float(t.ppf(0.975, n - 1) * runs.std(ddof=1) / np.sqrt(n))
     note = f"mean over {n} runs, 95 % t interval"
     return Estimate(mean, mean - half, mean + half, n, f"{convention}; {note}" if convention else note)
-
-
-def check_predictive(pred: Predictive, batch_ndim: int | None = None) -> None:
-    """Raises for NaN in a member that counts, for +inf, and for unusable member weights. Host only."""
-    if batch_ndim is not None and len(pred.batch_shape) != batch_ndim:
-        raise ValueError(
-            f"`pred` must have {batch_ndim} batch axis after the member axis, got batch shape {pred.batch_shape}. "
-            "For one network add the member axis: `logits[None]`."
-        )
-    if pred.member_weights is not None:
-        given = np.asarray(pred.member_weights)
-        if not np.isfinite(given).all() or (given < 0).any() or not (given.sum(0) > 0).all():
-            raise ValueError(
-                "`member_weights` must be finite, not negative and not all zero for any example, got values from "
-                f"{given.min()} to {given.max()}. Give every example at least one member."
-            )
-    bad = np.asarray(_bad_rows(pred))
-    if bad.any():
-        raise ValueError(
-            f"`pred` must not hold NaN or +infinity, got some in {int(bad.sum())} of {bad.size} examples, first at "
-            f"{int(bad.ravel().argmax())}. Look for members that diverged, or inputs that were not finite."
-        )
-
-
-@jax.jit
-def _bad_rows(pred):
-    counted = jnp.broadcast_to(pred.weights(), (pred.num_members, *pred.batch_shape)) != 0
-    leaves = [
-        x for x in jax.tree.leaves(pred) if x.shape[: counted.ndim] == counted.shape and x is not pred.member_weights
-    ]
-    wrong = jnp.zeros(counted.shape, bool)
-    for x in leaves:
-        bad = jnp.isnan(x) | (x == jnp.inf)
-        wrong |= bad if bad.ndim == counted.ndim else bad.any(-1)
-    return (wrong & counted).any(0)
-
-
-def _check(pred, targets, weights, batch_size) -> None:
-    if not targets.size:
-        raise ValueError("`targets` must have at least one row, got none. Check how the data were split.")
-    if pred.batch_shape != targets.shape[:1]:
-        raise ValueError(
-            f"`pred` must have batch shape {targets.shape[:1]} like `targets`, got {pred.batch_shape} from leaves "
-            f"{[tuple(x.shape) for x in jax.tree.leaves(pred)]}, member axis first. "
-            "For one network add the member axis: `logits[None]`."
-        )
-    pred.check_targets(targets)
-    check_predictive(pred)
-    if weights is not None:
-        given = np.asarray(weights)
-        if given.shape != targets.shape[:1] or not np.isfinite(given).all() or (given < 0).any() or not given.any():
-            raise ValueError(
-                f"`weights` must be one finite non-negative number per row, {targets.shape[:1]}, not all zero, got "
-                f"shape {given.shape}. Leave them out for equal weights."
-            )
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
-        raise ValueError(
-            f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
-            "Leave it out for 2**16."
-        )

@@ -51,7 +51,12 @@ class Dataset(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows that `update` sees: `weights` is 0 for padding, `index` is the row's place in the data set."""
+    """Rows that `update` sees; a loss is sum(weights * loss) / rows of the batch, padding counted among them.
+
+    weights: the row's weight relative to the data set's mean, times rows of the batch / rows that are not padding; 0
+        for padding. All ones for a full batch of rows that weigh the same.
+    index: the row's place in the data set.
+    """
 
     inputs: Any
     targets: Any
@@ -78,7 +83,8 @@ class Method(NamedTuple):
     init: `(key, start) -> state`; `start` is None, `Variables`, or the state of the method before it.
     update: `(state, batch, key) -> (state, info)`; `info` is a dict of scalars, `loss` (nats per example) among them.
     predict: `(state, inputs, key | None) -> Predictive`; the same key is the same network for any inputs.
-    members: set by `ensemble`; None for a method that is trained whole.
+    members: set by `ensemble`; None for a method that is trained whole. Replace verbs before ensembling: `fit` runs the
+        members' own.
     """
 
     init: Callable[[Key, PyTree | None], State]
@@ -150,7 +156,7 @@ def pytree(cls):
     Rebuilding goes around `__init__`, so `__post_init__` may check shapes: it runs for arrays that a person passes and
     never for the placeholders that jax puts into a tree.
     """
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
     names = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.predictive import Categorical, pool
+from bayescal.predictive import Categorical, check_rows, pool
 from bayescal.types import Array, pytree
 
 
@@ -24,11 +24,24 @@ class Temperature:
     gradient: Float[Array, ""]
 
     def __call__(self, pred: Categorical) -> Categorical:
-        """The pool, then the temperature; accuracy does not change."""
+        """The pool, then the temperature; accuracy does not change.
+
+        Raises:
+            TypeError: for another family.
+        """
+        check_categorical(pred)
         return Categorical(jax.nn.log_softmax(pool(pred).logits / self.temperature), normalised=True)
 
 
 LARGEST = 1e4
+
+
+def check_categorical(pred) -> None:
+    """Raises unless `pred` is a Categorical."""
+    if not isinstance(pred, Categorical):
+        raise TypeError(
+            f"`pred` must be a Categorical, got {type(pred).__name__}. For one logit pass `pred.as_categorical()`."
+        )
 
 
 def fit_temperature(pred: Categorical, targets, *, weights=None) -> Temperature:
@@ -46,9 +59,18 @@ def fit_temperature(pred: Categorical, targets, *, weights=None) -> Temperature:
             predictions are worse than chance (T -> infinity); and for unusable targets.
     Source: Guo et al. 2017.
     """
-    pred.check_targets(targets)
+    check_categorical(pred)
+    targets = np.asarray(targets)
+    check_rows(pred, targets, weights)
+    if len(pred.batch_shape) != 1:
+        raise ValueError(f"`pred` must have one batch axis, got batch shape {pred.batch_shape}. Flatten the rows.")
     weights = np.ones(len(targets), np.float32) if weights is None else np.asarray(weights, np.float32)
     temperature, gradient, low, high = (float(x) for x in _bisect(pool(pred).logits[0], jnp.asarray(targets), weights))
+    if np.isneginf(np.asarray(pred.log_prob(targets))[weights > 0]).any():
+        raise ValueError(
+            "`targets` must have positive probability, got some of probability zero: their nll is infinite at every "
+            "temperature. Give impossible classes a finite logit."
+        )
     if not low * high < 0 or math.isnan(gradient):
         end = "0 (every label is the most probable class)" if high < 0 else "infinity (labels unrelated to predictions)"
         raise ValueError(

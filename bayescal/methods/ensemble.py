@@ -27,15 +27,24 @@ def member_keys(key: Key, number: int) -> jax.Array:
 
 
 def init(key: Key, start: PyTree | None, members: Members) -> EnsembleState:
-    """Every member's own init, from its own key, on `start.members` where a start is given."""
-    started = None if start is None else getattr(start, "members", start)
+    """Every member's own init, from its own key; a start is one `EnsembleState`, or one network for all members."""
     states = run_members(
         lambda k, settings, s: members.build(settings).init(k, s),
         member_keys(key, members.number),
         members.settings,
-        started,
+        member_start(start, members.number),
     )
-    return EnsembleState(states, jnp.ones(members.number, bool))
+    alive = start.alive if isinstance(start, EnsembleState) else jnp.ones(members.number, bool)
+    return EnsembleState(states, alive)
+
+
+def member_start(start: PyTree | None, number: int) -> PyTree | None:
+    """`start` with a leading member axis: an ensemble's own member states, or one start repeated for all."""
+    if start is None:
+        return None
+    if isinstance(start, EnsembleState):
+        return start.members
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *jnp.shape(x))), start)
 
 
 def update(state: EnsembleState, batch, key: Key, members: Members):
@@ -99,6 +108,11 @@ def ensemble(
             raise TypeError(
                 f"`method` must be a Method when `num_members` is given, got {type(method).__name__}. "
                 "A function from settings to a method goes with `settings`."
+            )
+        if method.members is not None:
+            raise ValueError(
+                "`method` must be one without members, got an ensemble. Ensemble the method inside it, with as many "
+                "members as both together."
             )
         members = Members(Always(method), (), num_members)
     else:

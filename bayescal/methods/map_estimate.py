@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bayescal.types import Key, Method, Model, PyTree, Variables
 
@@ -20,7 +21,7 @@ class MAPState(NamedTuple):
 
 def init(key: Key, start: PyTree | None, model: Model, optimizer: optax.GradientTransformation) -> MAPState:
     """A fresh network, or the one in `start` (`Variables`, or a state that has `variables`) with a fresh optimiser."""
-    variables = model.init(key) if start is None else getattr(start, "variables", start)
+    variables = model.init(key) if start is None else start_variables(start)
     return MAPState(variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32))
 
 
@@ -51,7 +52,7 @@ def map_estimate(
     prior_precision: Any = 0.0,
     num_data: int | None = None,
 ) -> Method:
-    """Minimises mean_i w_i loss_i / mean w + (penalty + prior_precision / 2 * |params|^2) / num_data over the batch.
+    """Minimises mean_i w_i loss_i + (penalty + prior_precision / 2 * |params|^2) / num_data over the batch.
 
     With the default loss, the likelihood's -log p, that is maximum likelihood, or maximum a posteriori under a normal
     prior of mean 0 and variance 1 / prior_precision on every parameter.
@@ -69,9 +70,12 @@ def map_estimate(
         Method whose state is `MAPState` and whose info is `loss`, mean nats per example.
 
     Raises:
-        ValueError: a prior or penalty without `num_data`; `loss` or a prior beside `objective`.
+        ValueError: a prior or penalty without `num_data`; `loss` or a prior beside `objective`; negative settings.
     """
     no_prior = isinstance(prior_precision, (int, float)) and prior_precision == 0
+    check_positive(num_data=num_data)
+    if not isinstance(prior_precision, Tracer) and not prior_precision >= 0:
+        raise ValueError(f"`prior_precision` must not be negative, got {prior_precision!r}. 0 means no prior.")
     if num_data is None and not no_prior:
         raise ValueError(
             "`num_data` is required with `prior_precision`, got None: the prior's share of a batch depends on it. "
@@ -101,9 +105,31 @@ def map_estimate(
     )
 
 
+def start_variables(start: PyTree) -> Variables:
+    """The network in `start`: `Variables`, or a state that has `variables`.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    variables = getattr(start, "variables", start)
+    if not isinstance(variables, Variables):
+        raise TypeError(
+            f"`start` must be Variables or a state that has `variables`, got {type(start).__name__}. "
+            "Pass a fit's `state`, or `Variables(params, stats)`."
+        )
+    return variables
+
+
+def check_positive(**settings) -> None:
+    """Raises for a setting that is given and not positive; one that is traced cannot be checked."""
+    for name, value in settings.items():
+        if value is not None and not isinstance(value, Tracer) and not value > 0:
+            raise ValueError(f"`{name}` must be positive, got {value!r}. See the docstring for its unit.")
+
+
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """sum w x / sum w over the batch; rows of weight 0 count for nothing."""
-    return jnp.where(weights == 0, 0, weights * values).sum() / weights.sum()
+    """sum w x / rows over the batch, unbiased for any batch size; rows of weight 0 may hold anything."""
+    return jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, values)).sum() / weights.shape[0]
 
 
 def share_of_penalty(penalty, num_data: int | None):

@@ -20,7 +20,10 @@ def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: 
         return likelihood(one_member(model.apply(state.variables, inputs, None)))
 
     def draw(draw_key):
-        one = lambda x: jax.tree.map(lambda y: y[0], model.apply(state.variables, x[None], draw_key))
+        def one(row):
+            outputs = model.apply(state.variables, jax.tree.map(lambda x: x[None], row), draw_key)
+            return jax.tree.map(lambda x: x[0], outputs)
+
         return jax.vmap(one)(inputs)
 
     return likelihood(run_members(draw, jax.random.split(key, num_draws)))

@@ -6,10 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from bayescal.methods.map_estimate import one_member, share_of_penalty, weighted_mean
+from bayescal.methods.map_estimate import (
+    check_positive,
+    one_member,
+    share_of_penalty,
+    start_variables,
+    weighted_mean,
+)
 from bayescal.methods.mc_dropout import check_draws
 from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model, PyTree, Variables
@@ -75,7 +80,7 @@ def mean_field(model: Model, prior_scale: float) -> MeanField:
 
 def init(key: Key, start: PyTree | None, model: Model, optimizer, family: MeanField, initial_scale) -> VariationalState:
     """Posterior centred at the network's own initial weights, or at those of `start`, with a fresh optimiser."""
-    variables = model.init(key) if start is None else getattr(start, "variables", start)
+    variables = model.init(key) if start is None else start_variables(start)
     location = ravel_pytree(variables.params)[0]
     raw_scale = family.to_raw(jnp.full_like(location, initial_scale))
     opt_state = optimizer.init((location, raw_scale))
@@ -168,9 +173,7 @@ def variational(
     Source: Blundell et al. 2015; scaling as in Graves 2011.
     """
     check_draws(num_draws)
-    for name, value in dict(num_data=num_data, prior_scale=prior_scale, initial_scale=initial_scale).items():
-        if not isinstance(value, Tracer) and not value > 0:
-            raise ValueError(f"`{name}` must be positive, got {value!r}. See the docstring for its unit.")
+    check_positive(num_data=num_data, prior_scale=prior_scale, initial_scale=initial_scale, temperature=temperature)
     family = mean_field(model, prior_scale)
     return Method(
         lambda key, start=None: init(key, start, model, optimizer, family, initial_scale),

@@ -17,11 +17,19 @@ MAX_ROWS = 2**20
 
 
 class MeanSums(NamedTuple):
-    """Sums that a mean and its standard error are read from, each a scalar."""
+    """Sums that a mean and its standard error are read from, each a scalar.
+
+    The interval's n is Kish's effective number of rows, (sum w)^2 / sum w^2: free of the weights' scale.
+    """
 
     weight: Float[Array, ""]
     value: Float[Array, ""]
     square: Float[Array, ""]
+    weight_square: Float[Array, ""]
+
+    def effective_rows(self):
+        """Kish's effective number of rows."""
+        return self.weight**2 / self.weight_square
 
 
 def check_rows(rows: int) -> None:
@@ -45,12 +53,13 @@ def mean_metric(score: Callable[[Predictive, Array], Float[Array, "batch"]], con
     def measure(pred, targets, weights):
         check_rows(weights.shape[0])
         value = jnp.where(weights == 0, 0, score(pred, targets))
-        return MeanSums(weights.sum(), (weights * value).sum(), (weights * value**2).sum())
+        return MeanSums(weights.sum(), (weights * value).sum(), (weights * value**2).sum(), (weights**2).sum())
 
     def normal_interval(sums):
         mean = sums.value / sums.weight
         with np.errstate(invalid="ignore"):  # an infinite score has no interval: NaN
-            half = 1.959963984540054 * (abs(sums.square / sums.weight - mean**2) / sums.weight) ** 0.5
+            variance = np.maximum(sums.square / sums.weight - mean**2, 0)
+            half = 1.959963984540054 * (variance / sums.effective_rows()) ** 0.5
             return mean - half, mean + half
 
     return Metric(measure, lambda sums: sums.value / sums.weight, interval or normal_interval, convention)
@@ -60,14 +69,14 @@ def mean_metric(score: Callable[[Predictive, Array], Float[Array, "batch"]], con
 def accuracy() -> Metric:
     """Share of examples whose most probable class (of the pool; ties to the lowest index) is the target.
 
-    In [0, 1]; higher is better. Interval: Wilson, 95 %, the weight taken as a count.
+    In [0, 1]; higher is better. Interval: Wilson, 95 %, with Kish's effective number of rows.
     """
 
     def score(pred, targets):
         return (pred.log_probs().argmax(-1) == targets).astype(jnp.float32)
 
     def interval(sums):
-        return wilson_interval(sums.value / sums.weight, sums.weight)
+        return wilson_interval(sums.value / sums.weight, sums.effective_rows())
 
     return mean_metric(score, "argmax of the pooled probabilities", interval)
 

@@ -19,8 +19,7 @@ def auroc(scores: Float[Array, "batch"], positive: Bool[Array, "batch"]) -> Floa
         positive: which rows are of the positive class.
     Source: Mann and Whitney 1947.
     """
-    below, _ = _placements(jnp.asarray(scores), jnp.asarray(positive))
-    return jnp.where(positive, below, 0).sum() / positive.sum()
+    return _auroc(jnp.asarray(scores), jnp.asarray(positive).astype(bool))
 
 
 def auroc_estimate(scores: Float[Array, "batch"], positive: Bool[Array, "batch"], positive_class: str) -> Estimate:
@@ -52,10 +51,9 @@ def auroc_estimate(scores: Float[Array, "batch"], positive: Bool[Array, "batch"]
             f"`positive` must hold both classes, got {int(positive.sum())} positives of {len(positive)}. "
             "Join in-distribution and out-of-distribution rows before calling."
         )
-    of_positive, of_negative = (
-        np.asarray(x, np.float64) for x in _placements(jnp.asarray(scores), jnp.asarray(positive))
-    )
-    of_positive, of_negative = of_positive[positive], of_negative[~positive]
+    inside, outside = np.sort(scores[~positive]), np.sort(scores[positive])
+    of_positive = _share_below(inside, scores[positive])  # of the negatives, ties one half
+    of_negative = 1 - _share_below(outside, scores[~positive])  # positives above each negative
     value = of_positive.mean()
     convention = f"positive class: {positive_class}; ties count one half"
     if not 0 < value < 1 or min(len(of_positive), len(of_negative)) < 2:
@@ -77,8 +75,16 @@ def accuracy_rejection(scores: Float[Array, "batch"], correct: Bool[Array, "batc
 
     Returns:
         (rejected, accuracy), each (n,): rejected = 0, 1/n, ..., (n - 1)/n.
+
+    Raises:
+        ValueError: for NaN scores or other shapes.
     """
     scores, correct = np.asarray(scores), np.asarray(correct, np.float64)
+    if scores.shape != correct.shape or scores.ndim != 1 or not len(scores) or np.isnan(scores).any():
+        raise ValueError(
+            f"`scores` and `correct` must be one axis of the same length without NaN, got {scores.shape} and "
+            f"{correct.shape}. Flatten them row by row, and find out which rows are NaN."
+        )
     _, group = np.unique(scores, return_inverse=True)
     group_mean = np.bincount(group, correct) / np.bincount(group)
     kept = group_mean[group][np.argsort(scores, kind="stable")]
@@ -87,18 +93,16 @@ def accuracy_rejection(scores: Float[Array, "batch"], correct: Bool[Array, "batc
     return np.arange(n) / n, accuracy[::-1]
 
 
+def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    first, last = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return (first + last) / (2 * len(ordered))
+
+
 @jax.jit
-def _placements(scores, positive):
-    """For each row, the share of the other class it lies on the right side of (ties one half): above the negatives for
-    a positive, below the positives for a negative."""
-    order = jnp.argsort(scores)
-    ordered, is_positive = scores[order], positive[order]
-    zero = jnp.zeros(1, jnp.int32)
-    positives, negatives = (
-        jnp.concatenate([zero, jnp.cumsum(x, dtype=jnp.int32)]) for x in (is_positive, ~is_positive)
-    )
-    first, last = (jnp.searchsorted(ordered, scores, side=side) for side in ("left", "right"))
-    negatives_below = (negatives[first] + negatives[last]) / (2 * negatives[-1])
-    positives_above = 1 - (positives[first] + positives[last]) / (2 * positives[-1])
-    undefined = jnp.isnan(scores).any()
-    return tuple(jnp.where(undefined, jnp.nan, x) for x in (negatives_below, positives_above))
+def _auroc(scores, positive):
+    ordered = jnp.argsort(scores)
+    negatives = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(~positive[ordered], dtype=jnp.int32)])
+    first, last = (jnp.searchsorted(scores[ordered], scores, side=side) for side in ("left", "right"))
+    share_below = (negatives[first] + negatives[last]) / (2 * negatives[-1])
+    value = jnp.where(positive, share_below, 0).sum() / positive.sum()
+    return jnp.where(jnp.isnan(scores).any(), jnp.nan, value)

@@ -14,10 +14,18 @@ _NO_STREAM = (
 )
 
 
+def check_dropout(rate: float) -> None:
+    """Raises unless `rate` lies in [0, 1)."""
+    if not 0 <= rate < 1:
+        raise ValueError(
+            f"`dropout` must be a rate in [0, 1), got {rate!r}. It is the share of units that are dropped."
+        )
+
+
 def from_nnx(build: Callable[[Any], Any]) -> Model:
     """Model of a flax nnx module, used through split and merge alone.
 
-    With a key, only `nnx.Dropout` is switched on and every random stream of the module is seeded from the key; batch
+    With a key, dropout (attention's own too) is switched on and every random stream of the module is seeded from the key; batch
     norm keeps its running moments. Without one the pass is deterministic. In `train` both are in training mode.
 
     Args:
@@ -58,7 +66,11 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
     def module_with(variables: Variables, key: Key | None):
         graph, params, streams, stats = template()
         return nnx.merge(
-            graph, _filled(params, variables.params), _seeded(streams, key), _filled(stats, variables.stats), copy=True
+            graph,
+            _filled(params, variables.params),
+            _seeded(streams, key),
+            _filled(stats, variables.stats or {}),
+            copy=True,
         )
 
     def _filled(state, values):
@@ -91,7 +103,7 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
         module.eval()
         if key is None:
             return module(inputs)
-        module.set_attributes(nnx.Dropout, deterministic=False, raise_if_not_found=False)
+        module.set_attributes(deterministic=False, raise_if_not_found=False)  # dropout, and attention's own
         before = counts(module)
         outputs = module(inputs)
         if all(a is b for a, b in zip(before, counts(module), strict=True)):  # no stream was drawn from
@@ -117,7 +129,7 @@ def from_linen(
 ) -> Model:
     """Model of a flax linen module.
 
-    With a key, only `nn.Dropout` is switched on; batch norm keeps its running moments. Without one the pass is the
+    With a key, `nn.Dropout` is switched on (dropout inside attention layers is not); batch norm keeps its running moments. Without one the pass is the
     evaluation one.
 
     Args:
@@ -151,7 +163,7 @@ def from_linen(
             object.__setattr__(layer, "deterministic", own)
 
     def collections(variables: Variables):
-        return {"params": variables.params, **variables.stats}
+        return {"params": variables.params, **(variables.stats or {})}
 
     def init(key: Key) -> Variables:
         params_key, stream_key = jax.random.split(key)
@@ -170,7 +182,7 @@ def from_linen(
 
     def train_pass(variables: Variables, inputs, key: Key):
         outputs, stats = module.apply(
-            collections(variables), inputs, rngs={stream: key}, mutable=list(variables.stats), **train
+            collections(variables), inputs, rngs={stream: key}, mutable=list(variables.stats or {}), **train
         )
         return outputs, stats, 0.0
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bayescal.models.adapters import from_nnx
+from bayescal.models.adapters import check_dropout, from_nnx
 from bayescal.types import Model
 
 
@@ -26,9 +26,11 @@ def convnet(
         batch_norm: normalise before every ReLU.
 
     Raises:
-        ValueError: for an image that cannot be halved once per convolution.
+        ValueError: for an image that cannot be halved once per convolution, or a dropout rate outside [0, 1).
     """
     from flax import nnx
+
+    check_dropout(dropout)
 
     height, width, depth = shape
     factor = 2 ** len(channels)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from bayescal.models.adapters import from_nnx
+from bayescal.models.adapters import check_dropout, from_nnx
 from bayescal.types import Model
 
 
@@ -23,8 +23,13 @@ def mlp(
         out_features: classes, or numbers per example.
         dropout: rate after every hidden layer, in [0, 1).
         batch_norm: normalise before every ReLU.
+
+    Raises:
+        ValueError: for a dropout rate outside [0, 1).
     """
     from flax import nnx
+
+    check_dropout(dropout)
 
     class MLP(nnx.Module):
         def __init__(self, rngs):

@@ -5,6 +5,7 @@ Pooling happens in one function, `log_pool`, in log space; axes join in one func
 
 from bayescal.predictive.axes import Predictive, concatenate, merge_members, take
 from bayescal.predictive.categorical import Bernoulli, Categorical, pool
+from bayescal.predictive.checks import check_predictive, check_rows
 from bayescal.predictive.gaussian import Gaussian, rescale, variance_of_means
 from bayescal.predictive.likelihoods import heteroscedastic, homoscedastic, one_logit
 from bayescal.predictive.mixture import float32_or_wider, log_pool, normalised_weights, weighted_sum
@@ -14,6 +15,8 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "Predictive",
+    "check_predictive",
+    "check_rows",
     "concatenate",
     "float32_or_wider",
     "heteroscedastic",

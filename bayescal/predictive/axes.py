@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from bayescal.predictive.categorical import Bernoulli, Categorical
@@ -24,39 +26,68 @@ def merge_members(stacked: Predictive, weights: Float[Array, "outer"] | None = N
     """
     outer, inner = _leading(stacked)
     merged = jax.tree.map(lambda x: x.reshape((outer * inner, *x.shape[2:])), stacked)
-    if weights is None:
-        return merged
-    own = merged.member_weights
-    ones = (1,) * (0 if own is None else own.ndim - 1)
-    repeated = jnp.repeat(jnp.asarray(weights), inner).reshape(-1, *ones)
-    return dataclasses.replace(merged, member_weights=repeated if own is None else repeated * own)
+    own = stacked.member_weights
+    if own is not None:  # each outer member's own weights sum to one, whatever scale they came in
+        own = (own / own.sum(1, keepdims=True)).reshape(merged.member_weights.shape)
+    if weights is not None:
+        repeated = jnp.repeat(jnp.asarray(weights), inner)
+        own = repeated if own is None else repeated.reshape(-1, *[1] * (own.ndim - 1)) * own
+    return merged if own is None else dataclasses.replace(merged, member_weights=own)
 
 
 def take(pred: Predictive, index) -> Predictive:
-    """The examples `index` (anything numpy takes) along the first batch axis."""
+    """The examples `index` (anything numpy takes) along the first batch axis.
+
+    Raises:
+        IndexError: for whole numbers outside the batch, where they are known.
+    """
+    if isinstance(index, (list, np.ndarray)) and np.issubdtype(np.asarray(index).dtype, np.integer):
+        rows, given = pred.batch_shape[0], np.asarray(index)
+        if given.size and (given.min() < -rows or given.max() >= rows):
+            raise IndexError(
+                f"`index` must lie in [{-rows}, {rows}), got {given.min()} to {given.max()}. Check the rows."
+            )
 
     def pick(name, x):
-        shared = name == "member_weights" and (x.ndim == 1 or x.shape[1] == 1)
-        return x if shared else x[:, index]
+        return x if name == "member_weights" and _same_for_all(x) else x[:, index]
 
     return _map_fields(pick, pred)
 
 
 def concatenate(preds: list[Predictive]) -> Predictive:
-    """Joins predictives of the same members along the first batch axis: the chunks of a streamed prediction."""
+    """Joins predictives of the same members along the first batch axis: the chunks of a streamed prediction.
+
+    Raises:
+        ValueError: where some are normalised and others not.
+    """
     first = preds[0]
     if len(preds) == 1:
         return first
+    if len({getattr(p, "normalised", False) for p in preds}) > 1:
+        raise ValueError("`preds` must all be raw or all normalised, got both. Pool or calibrate all of them.")
+    joined = _map_fields(
+        lambda name, x: jnp.concatenate([getattr(p, name) for p in preds], axis=1), first, "member_weights"
+    )
+    weights = [p.member_weights for p in preds]
+    if all(w is weights[0] for w in weights) or _equal_and_shared(weights):
+        return dataclasses.replace(joined, member_weights=weights[0])
+    spread = [jnp.broadcast_to(p.weights(), (p.num_members, *p.batch_shape)) for p in preds]
+    return dataclasses.replace(joined, member_weights=jnp.concatenate(spread, axis=1))
 
-    def join(name, x):
-        shared = name == "member_weights" and (x.ndim == 1 or x.shape[1] == 1)
-        return x if shared else jnp.concatenate([getattr(p, name) for p in preds], axis=1)
 
-    return _map_fields(join, first)
+def _same_for_all(weights) -> bool:
+    return weights.ndim == 1 or weights.shape[1] == 1
 
 
-def _map_fields(function, pred):
-    arrays = {f.name: getattr(pred, f.name) for f in dataclasses.fields(pred) if not f.metadata.get("static")}
+def _equal_and_shared(weights) -> bool:
+    if any(w is None or isinstance(w, Tracer) or not _same_for_all(w) for w in weights):
+        return False
+    return all(np.array_equal(w, weights[0]) for w in weights)
+
+
+def _map_fields(function, pred, *left_out):
+    fields = [f.name for f in dataclasses.fields(pred) if not f.metadata.get("static") and f.name not in left_out]
+    arrays = {name: getattr(pred, name) for name in fields}
     return dataclasses.replace(pred, **{n: function(n, x) for n, x in arrays.items() if x is not None})
 
 

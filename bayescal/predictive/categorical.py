@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from bayescal.predictive.mixture import (
     check_axes,
+    check_target_shape,
     check_weights,
     float32_or_wider,
     host_targets,
@@ -69,6 +70,7 @@ class Categorical:
 
     def member_log_prob(self, targets: Int[Array, "*batch"]) -> Float[jax.Array, "member *batch"]:
         """Log-probability of the target under each member, nats, at most 0."""
+        check_target_shape(jnp.shape(targets), self.batch_shape)
         log_probs = self.member_log_probs()
         return _at(log_probs, jnp.broadcast_to(jnp.asarray(targets), log_probs.shape[:-1]))
 
@@ -144,6 +146,8 @@ class Bernoulli:
     def as_categorical(self) -> Categorical:
         """The same distribution over two classes, with logits (-z/2, z/2): everything else is computed there."""
         half = float32_or_wider(self.logits) / 2
+        largest = jnp.finfo(half.dtype).max / 4  # an infinite logit is a certain class, not NaN
+        half = jnp.clip(half, -largest, largest)
         return Categorical(jnp.stack([-half, half], axis=-1), self.member_weights, self.normalised)
 
     def log_probs(self) -> Float[jax.Array, "*batch two"]:
@@ -202,6 +206,14 @@ def pool(pred: Categorical | Bernoulli) -> Categorical | Bernoulli:
 
 
 def _at(log_probs, targets):
+    """The target's entry; NaN for labels outside [0, classes), which would otherwise count from the end."""
+    targets = jnp.asarray(targets)
+    check_target_shape(targets.shape, log_probs.shape[:-1])
+    inside = (targets >= 0) & (targets < log_probs.shape[-1])
+    return jnp.where(inside, _gather(log_probs, jnp.where(inside, targets, 0)), jnp.nan)
+
+
+def _gather(log_probs, targets):
     return jnp.take_along_axis(log_probs, jnp.asarray(targets)[..., None], axis=-1)[..., 0]
 
 

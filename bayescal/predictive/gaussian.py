@@ -11,6 +11,7 @@ from jaxtyping import Float, Num
 
 from bayescal.predictive.mixture import (
     check_axes,
+    check_target_shape,
     check_weights,
     float32_or_wider,
     host_targets,
@@ -69,6 +70,7 @@ class Gaussian:
 
     def member_log_prob(self, targets: Float[Array, "*batch dim"]) -> Float[jax.Array, "member *batch"]:
         """Log-density of the target under each member, nats, summed over `dim`."""
+        check_target_shape(jnp.shape(targets), tuple(self.mean.shape[1:]))
         variance = self.member_variance()
         terms = (
             jnp.log(2 * math.pi * variance) + (jnp.asarray(targets)[None] - float32_or_wider(self.mean)) ** 2 / variance
@@ -152,6 +154,12 @@ def rescale(pred: Gaussian, shift: Num[Array, "*dim"] | float, scale: Num[Array,
         raise ValueError(
             f"`scale` must be positive, got {scale}. Pass the standard deviation the targets were divided by."
         )
+    dim = pred.mean.shape[-1]
+    for name, value in (("shift", shift), ("scale", scale)):
+        if jnp.shape(value) not in ((), (dim,)):
+            raise ValueError(
+                f"`{name}` must have shape () or ({dim},), got {jnp.shape(value)}. Give one per dimension."
+            )
     squared = lambda v: None if v is None else v * jnp.square(scale)
     return dataclasses.replace(
         pred,

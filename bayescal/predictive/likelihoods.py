@@ -5,6 +5,7 @@ The same one serves training and testing, so they cannot disagree. `Categorical`
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float
 
 from bayescal.predictive.categorical import Bernoulli
@@ -31,7 +32,13 @@ def heteroscedastic(outputs: Float[Array, "member *batch twice_dim"]) -> Gaussia
 
 
 def homoscedastic(variance: float):
-    """Likelihood of a network whose outputs are means, with one known noise variance in the targets' unit squared."""
+    """Likelihood of a network whose outputs are means, with one known noise variance in the targets' unit squared.
+
+    Raises:
+        ValueError: for a variance that is not positive.
+    """
+    if not isinstance(variance, Tracer) and not variance > 0:
+        raise ValueError(f"`variance` must be positive, got {variance!r}. It is in the targets' unit squared.")
 
     def likelihood(outputs: Float[Array, "member *batch dim"]) -> Gaussian:
         outputs = float32_or_wider(outputs)

@@ -81,6 +81,15 @@ def check_weights(weights, batch: tuple[int, ...], members: int) -> None:
         )
 
 
+def check_target_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises unless targets have the shape that the predictive sets: nothing is broadcast."""
+    if tuple(got) != tuple(expected):
+        raise ValueError(
+            f"`targets` must have shape {tuple(expected)}, which the predictive sets, got {tuple(got)}. "
+            "Pass one target per example; nothing is broadcast."
+        )
+
+
 def refuse(family: str, what: str, remedy: str):
     """Raises TypeError for what a family of predictives cannot have."""
     raise TypeError(f"`{what}` does not exist for {family}: expected a family that has it, got {family}. {remedy}")
