@@ -1,5 +1,6 @@
 """Configs: a frozen dataclass, a yaml file of what differs from it, and `key=value` on the command line."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -64,11 +65,9 @@ def _convert(key: str, value, hint):
         items = items if isinstance(items, (list, tuple)) else [items]
         return tuple(_convert(key, item, inner[0]) for item in items)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # yaml reads 1e-3 as a word
-        except ValueError:
-            pass
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # yaml reads 1e-3 as a word
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)) or value != value:
         raise ValueError(
             f"`{key}` must be {hint.__name__}, got {value!r} ({type(value).__name__}). "
             f"Write for example `{key}={ {int: 10, float: 0.1, bool: 'true', str: 'word'}.get(hint, '...') }`."

@@ -65,7 +65,10 @@ def mutual_information(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batc
     log_ratio = log_ratio - ((peak - lead_peak) + (log_norm - lead_norm))  # log p_s - log p_lead
     log_ratio = jnp.where(counted, log_ratio, -jnp.inf)
     every = jnp.broadcast_to(weights, logits.shape)
-    log_mean = jnp.log1p(weighted_sum(jnp.expm1(log_ratio), every))[None]  # log(p_mean / p_lead)
+    excess = weighted_sum(jnp.expm1(log_ratio), every)[None]  # p_mean / p_lead - 1, above -1 by the lead's weight
+    heavy = excess > -0.5
+    whole = jnp.where(heavy, 1, weighted_sum(jnp.exp(jnp.where(heavy, 0, log_ratio)), every)[None])
+    log_mean = jnp.where(heavy, jnp.log1p(jnp.where(heavy, excess, 0)), jnp.log(whole))  # log(p_mean / p_lead)
     u = log_ratio - log_mean
     pooled = jnp.exp(top - lead_peak - lead_norm + log_mean)[0]
     per_class = weighted_sum(_bregman(u), every)

@@ -37,21 +37,25 @@ class Section(NamedTuple):
 
 
 def plain(value: Any) -> Any:
-    """`value` with every `Estimate` as `{"value": x, ...}` and every numpy number as Python's, ready for json."""
+    """`value` with every `Estimate` as `{"value": x, ...}` and every numpy number as Python's, ready for json.
+
+    What json cannot say is a word: "inf", "-inf", "nan".
+    """
     if isinstance(value, Estimate):
         return plain(value.json())
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
+    value = value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def save_json(path: Path, value: Any) -> None:
     """Writes `plain(value)`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(plain(value), indent=1) + "\n")
+    draft.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
     draft.replace(path)
 
 

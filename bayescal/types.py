@@ -104,7 +104,9 @@ class MemberReport(NamedTuple):
     """How each member fared: numpy arrays of shape (member,)."""
 
     alive: np.ndarray
-    stopped_epoch: np.ndarray  # first epoch whose loss was not finite; the number of epochs where there was none
+    stopped_epoch: (
+        np.ndarray
+    )  # first epoch whose loss (or, at the end, state) was not finite; else the number of epochs
     last_finite_loss: np.ndarray  # nats per example; NaN where the first epoch already diverged
 
 

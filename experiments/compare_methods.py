@@ -219,11 +219,24 @@ def temperature(pred: bc.Categorical, targets) -> bc.Temperature | None:
     return bc.fit_temperature(pred, targets)
 
 
+def diverged_members(seed: int, name: str, fitted: bc.Fit) -> list[str]:
+    """A sentence for every member that was dropped from the pool."""
+    report = fitted.members
+    return [
+        f"seed {seed}, {name}: member {m} diverged in epoch {report.stopped_epoch[m]} (last finite loss "
+        f"{report.last_finite_loss[m]:.3g}) and weighs nothing"
+        for m in np.flatnonzero(~report.alive)
+    ]
+
+
 def over_seeds(results: list[Any]) -> Any:
-    """Joins equal trees of Estimates: one seed as it is, several as their mean with a t interval; seconds as medians."""
+    """Joins trees of Estimates: one seed as it is, several as their mean with a t interval; seconds as medians.
+
+    A figure that some seeds do not have is the mean of the others; its n says so.
+    """
     if isinstance(results[0], dict):
-        keys = [k for k in results[0] if all(k in r for r in results)]
-        return {k: (median if k == "seconds" else over_seeds)([r[k] for r in results]) for k in keys}
+        keys = dict.fromkeys(k for r in results for k in r)
+        return {k: (median if k == "seconds" else over_seeds)([r[k] for r in results if k in r]) for k in keys}
     if len(results) == 1:
         return results[0]
     return bc.mean_over_runs([r.value for r in results], results[0].convention)
@@ -244,7 +257,7 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
             f"and {config.seeds}. Check the spelling."
         )
     began = time.perf_counter()
-    per_seed, comparisons, first = [], [], []
+    per_seed, comparisons, first, diverged = [], [], [], []
     methods: dict[str, bc.Method] = {}
     for seed in range(config.seed, config.seed + config.seeds):
         sets = load_sets(seed, config.max_rows)
@@ -255,12 +268,14 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
             where = folder / "predictions" if not first else folder / "predictions" / f"seed{seed}"
             save_predictions(where / f"{name}.npz", outcomes[name].preds["test"], sets.asked["test"][1])
             print(f"seed {seed}  {name:22s} {outcomes[name].figures['seconds']['train'].value:6.1f} s", flush=True)
+            diverged += diverged_members(seed, name, outcomes[name].fit)
         per_seed.append({name: outcome.figures for name, outcome in outcomes.items()})
         comparisons.append(compare(outcomes, sets))
         first = first or [sets, outcomes]
     result = {
         "methods": over_seeds(per_seed),
         "comparisons": over_seeds(comparisons),
+        "diverged": diverged,
         "config": as_dict(replace(config, out=None)),
         "versions": versions(),
         "conventions": CONVENTIONS,

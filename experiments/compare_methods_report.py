@@ -78,7 +78,8 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
     sections = [
         Section(
             "Methods and metrics",
-            "Small figures: 95 % intervals. AUROC separates unseen digits (positive) from test images.",
+            "".join(f"{line}.\n" for line in result["diverged"]) + "Small figures: 95 % intervals. "
+            "AUROC separates unseen digits (positive) from test images.",
             [main_table(result)],
         ),
         *([Section("Paired differences", "", [comparison_table(result)])] if result["comparisons"] else []),

@@ -43,9 +43,9 @@ def mutual_information(logits, weights=None):
         total = np.longdouble(0)
         for s in range(members):
             for k in range(classes):
-                if p[s, k] > 0:
-                    ratio = p[s, k] / mean[k]
-                    total += weights[s] * mean[k] * (ratio * np.log(ratio) - (ratio - 1))
+                ratio = p[s, k] / mean[k] if mean[k] > 0 else np.longdouble(1)
+                product = ratio * np.log(ratio) if ratio > 0 else 0
+                total += weights[s] * mean[k] * (product - (ratio - 1))
         out[i] = float(total)
     return out
 

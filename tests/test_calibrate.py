@@ -44,6 +44,16 @@ def test_stored_oracle():
     np.testing.assert_allclose(bc.fit_temperature(pred, targets).temperature, expected, rtol=1e-4)
 
 
+def test_bad_input(unchecked):
+    with pytest.raises(TypeError, match="`pred` must be a Categorical, got Bernoulli"):
+        bc.Temperature(jnp.float32(2), jnp.float32(0))(bc.Bernoulli(np.zeros((1, 3), np.float32)))
+    pred = bc.Categorical(jnp.array([[[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]))
+    with pytest.raises(ValueError, match="`weights` must be one finite non-negative number per row"):
+        bc.fit_temperature(pred, np.array([0, 0, 1]), weights=-np.ones(3))
+    with pytest.raises(ValueError, match="`targets` must have positive probability"):
+        bc.fit_temperature(bc.Categorical(jnp.array([[[0.0, -jnp.inf], [0.0, 1.0]]])), np.array([1, 1]))
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [(np.array([0, 0, 0]), "it is 0 "), (np.array([1, 1, 1]), "it is infinity")],

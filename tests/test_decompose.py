@@ -43,6 +43,9 @@ FAMILIES = {
     "random": lambda rng, s, n, c: rng.normal(size=(s, n, c)),
     "confident": lambda rng, s, n, c: 30 * rng.normal(size=(s, n, c)),
     "near agreement": lambda rng, s, n, c: rng.normal(size=(1, n, c)) * 3 + 1e-3 * rng.normal(size=(s, n, c)),
+    "impossible classes": lambda rng, s, n, c: np.where(
+        (rng.uniform(size=(s, n, c)) < 0.3) & (np.arange(c) > 0), -np.inf, rng.normal(size=(s, n, c))
+    ),
     "one hot": lambda rng, s, n, c: 60 * np.eye(c)[rng.integers(0, c, size=(s, n))],
 }
 
@@ -82,6 +85,14 @@ def test_parts_against_loops(rng, strict):
     np.testing.assert_array_equal(parts.total, parts.aleatoric + parts.epistemic)
     energies = [-np.mean([math.log(np.exp(logits[s, i].astype(float)).sum()) for s in range(4)]) for i in range(6)]
     np.testing.assert_allclose(parts.ood, energies, rtol=1e-5)
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-6, 1e-8])
+def test_a_member_of_tiny_weight(rng, small):
+    logits = rng.normal(size=(2, 20, 4)).astype(np.float32) * 8
+    weights = np.array([1, small], np.float32)
+    ours = np.asarray(mutual_information(bc.Categorical(logits, weights)))
+    np.testing.assert_allclose(ours, oracles.mutual_information(logits, weights), rtol=1e-3)
 
 
 def test_weights_are_repetition(rng):

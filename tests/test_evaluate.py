@@ -33,9 +33,24 @@ def broken(value, **settings):
         (lambda: bc.evaluate(pred(), np.zeros(6), NLL), "`targets` must be integer class labels, got float64"),
         (
             lambda: bc.evaluate(broken(np.nan), np.zeros(6, int), NLL),
-            r"`pred` must not hold NaN or \+infinity, got some in 1 of 6 examples, first at 2",
+            r"`pred` must not hold NaN, \+infinity or examples.*got some in 1 of 6 examples, first at 2",
         ),
-        (lambda: bc.evaluate(broken(np.inf), np.zeros(6, int), NLL), r"`pred` must not hold NaN or \+infinity"),
+        (
+            lambda: bc.evaluate(broken(np.inf), np.zeros(6, int), NLL),
+            r"`pred` must not hold NaN, \+infinity or examples",
+        ),
+        (
+            lambda: bc.evaluate(bc.Categorical(np.full((1, 2, 3), -np.inf, np.float32)), np.zeros(2, int), NLL),
+            "examples without a possible class, got some in 2 of 2",
+        ),
+        (
+            lambda: bc.evaluate(
+                bc.Gaussian(np.zeros((1, 2, 1), np.float32), np.zeros((1, 2, 1), np.float32)),
+                np.zeros((2, 1), np.float32),
+                NLL,
+            ),
+            "`variance` must be positive, got zero or less in 2 of 2 examples",
+        ),
         (
             lambda: bc.evaluate(broken(0, member_weights=np.array([1, -1], np.float32)), np.zeros(6, int), NLL),
             "`member_weights` must be finite, not negative",

@@ -49,7 +49,7 @@ METHODS = {"single", "deep_ensemble", "mc_dropout", "variational", "variational_
 
 def test_what_a_run_leaves(smoke):
     result = json.loads((smoke / "metrics.json").read_text())
-    assert set(result) == {"methods", "comparisons", "config", "versions", "conventions"}
+    assert set(result) == {"methods", "comparisons", "diverged", "config", "versions", "conventions"}
     assert set(result["methods"]) == METHODS
     for figures in result["methods"].values():
         assert {"accuracy", "nll", "brier", "ece"} <= set(figures["test"])
@@ -104,4 +104,5 @@ def test_over_seeds_joins_equal_trees():
     import bayescal as bc
 
     joined = module.over_seeds([{"a": {"b": bc.Estimate(1.0)}, "c": bc.Estimate(0.0)}, {"a": {"b": bc.Estimate(3.0)}}])
-    assert joined["a"]["b"].value == 2 and joined["a"]["b"].n == 2 and set(joined) == {"a"}
+    assert joined["a"]["b"].value == 2 and joined["a"]["b"].n == 2
+    assert joined["c"].value == 0 and joined["c"].n is None

@@ -51,7 +51,7 @@ def test_variational_is_the_mean_field_optimum(rng, key, batch_size):
     """Mean of the exact posterior, standard deviation 1 / sqrt(diagonal of its precision), whatever the batch size."""
     data = linear_data(rng)
     mean, precision = exact_posterior(data, prior_precision=4.0)
-    steps = 1500 if batch_size == 80 else 500
+    steps = 1500
     schedule = optax.cosine_decay_schedule(0.02, steps * 80 // batch_size)
     method = bc.variational(
         linear_model(4),
@@ -195,6 +195,20 @@ def test_start_from_a_trained_state(key):
             lambda m: bc.mc_dropout(m, bc.Categorical, optax.adam(1e-2), num_draws=0),
             "`num_draws` must be a whole number of at least 1, got 0",
         ),
+        (
+            lambda m: bc.variational(m, bc.Categorical, optax.adam(1e-2), num_data=9, num_draws=2, temperature=-1.0),
+            "`temperature` must be positive, got -1.0",
+        ),
+        (
+            lambda m: bc.map_estimate(m, bc.Categorical, optax.adam(1e-2), prior_precision=-1.0, num_data=9),
+            "`prior_precision` must not be negative, got -1.0",
+        ),
+        (
+            lambda m: bc.ensemble(bc.ensemble(bc.map_estimate(m, bc.Categorical, optax.adam(1e-2)), 2), 3),
+            "`method` must be one without members, got an ensemble",
+        ),
+        (lambda m: bc.models.mlp(4, (8,), 3, dropout=1.5), r"`dropout` must be a rate in \[0, 1\), got 1.5"),
+        (lambda m: bc.homoscedastic(0.0), "`variance` must be positive, got 0.0"),
         (
             lambda m: bc.variational(m, bc.Categorical, optax.adam(1e-2), num_data=0, num_draws=2),
             "`num_data` must be positive, got 0",

@@ -171,6 +171,22 @@ def test_auroc_by_hand():
     assert math.isnan(bc.auroc(np.array([1.0, 2.0]), np.array([True, True])))
 
 
+def test_auroc_of_integer_labels_and_close_scores():
+    assert float(bc.auroc(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 1, 1]))) == 1
+    close = np.array([1.0, 1.0 + 1e-9, 1.0, 1.0 + 1e-9])  # float32 would tie them
+    assert bc.auroc_estimate(close, np.array([False, True, False, True]), "x").value == 1
+
+
+def test_intervals_do_not_depend_on_the_weights_scale(rng):
+    pred, targets = predictions(rng, rows=50)
+    metrics = {"nll": bc.nll(), "accuracy": bc.accuracy()}
+    plain, scaled = (bc.evaluate(pred, targets, metrics, weights=np.full(50, w)) for w in (1.0, 0.01))
+    for name in metrics:
+        np.testing.assert_allclose(
+            [plain[name].low, plain[name].high], [scaled[name].low, scaled[name].high], rtol=1e-4
+        )
+
+
 def test_auroc_interval_covers(rng):
     """The logit DeLong interval of 300 data sets of known AUROC Phi(1 / sqrt 2) covers about 95 times in 100."""
     truth, hits = 0.760250, 0
@@ -237,6 +253,11 @@ def test_stored_oracles():
             lambda: bc.auroc_estimate(np.array([1.0, 2.0]), np.array([True, True]), "x"),
             ValueError,
             "`positive` must hold both classes, got 2 positives of 2",
+        ),
+        (
+            lambda: accuracy_rejection(np.array([np.nan, 1.0]), np.array([True, False])),
+            ValueError,
+            "`scores` and `correct` must be one axis of the same length without NaN",
         ),
         (
             lambda: bc.auroc_estimate(np.ones(2), np.ones(3, bool), "x"),

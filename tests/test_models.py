@@ -44,9 +44,11 @@ def test_batch_norm_is_frozen_outside_training(name, key):
     model, x = ADAPTED[name](), inputs_for(name)
     variables = jax.jit(model.init)(key)
     for k in (None, key):
-        alone = jnp.concatenate([model.apply(variables, x[i : i + 1], None) for i in range(2)])
-        np.testing.assert_allclose(alone, model.apply(variables, x, None)[:2], rtol=1e-5, atol=1e-6)
-        assert model.apply(variables, x, k).shape == (6, 3)
+        # other batch mates, the same masks: with batch statistics the first rows would change
+        mates = jnp.concatenate([x[:2], 5 + 3 * x[2:]])
+        np.testing.assert_allclose(
+            model.apply(variables, mates, k)[:2], model.apply(variables, x, k)[:2], rtol=1e-5, atol=1e-6
+        )
     _, stats, penalty = model.train(variables, x, key)
     assert jax.tree.structure(stats) == jax.tree.structure(variables.stats) and penalty == 0
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), stats, variables.stats)
@@ -91,6 +93,20 @@ def test_a_stream_of_any_name_is_seeded(key):
     variables = model.init(key)
     draws = jnp.stack([model.apply(variables, jnp.ones((1, 50)), k) for k in jax.random.split(key, 3)])
     assert (draws.std(0) > 0).any()
+
+
+def test_attention_dropout_is_switched_on_too(key):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(2, 8, dropout_rate=0.9, decode=False, rngs=rngs)
+
+        def __call__(self, x):
+            return self.attention(x)
+
+    model = bc.from_nnx(Net)
+    variables, x = model.init(key), jax.random.normal(key, (2, 5, 8))
+    draws = jnp.stack([model.apply(variables, x, k) for k in jax.random.split(key, 3)])
+    assert draws.std(0).max() > 1e-2
 
 
 def test_linen_dropout_called_with_the_flag(key):

@@ -146,7 +146,48 @@ def test_merge_members_multiplies_weights(rng):
     inner = bc.Categorical(rng.normal(size=(3, 4, 3)).astype(np.float32), np.array([1.0, 2.0, 3.0], np.float32))
     both = jax.tree.map(lambda x: jnp.stack([x, x]), inner)
     merged = bc.merge_members(both, np.array([1.0, 10.0], np.float32))
-    np.testing.assert_array_equal(merged.member_weights, [1, 2, 3, 10, 20, 30])
+    np.testing.assert_allclose(merged.member_weights, np.array([1, 2, 3, 10, 20, 30]) / 6, rtol=1e-6)
+
+
+def test_outer_weights_hold_whatever_the_inner_scale():
+    """Two outer members of equal weight, one with three counted draws and one with a single one: half each."""
+    stacked = jax.tree.map(
+        lambda *x: jnp.stack(x),
+        bc.Categorical(jnp.tile(jnp.array([2.0, 0.0]), (3, 1, 1)), np.array([1.0, 1.0, 1.0], np.float32)),
+        bc.Categorical(jnp.tile(jnp.array([0.0, 2.0]), (3, 1, 1)), np.array([1.0, 0.0, 0.0], np.float32)),
+    )
+    for outer in (None, np.array([5.0, 5.0], np.float32)):
+        np.testing.assert_allclose(bc.merge_members(stacked, outer).pooled_mean(), [[0.5, 0.5]], rtol=1e-6)
+
+
+def test_concatenate_keeps_each_chunks_weights(rng):
+    logits = random_logits(rng, members=2, rows=2)
+    chunks = [
+        bc.Categorical(logits[:, :1], np.array([1.0, 0.0], np.float32)),
+        bc.Categorical(logits[:, 1:], np.array([0.0, 1.0], np.float32)),
+    ]
+    for i, one in enumerate(chunks):
+        np.testing.assert_allclose(bc.concatenate(chunks).pooled_mean()[i], one.pooled_mean()[0], rtol=1e-6)
+    with pytest.raises(ValueError, match="`preds` must all be raw or all normalised"):
+        bc.concatenate([chunks[0], bc.pool(chunks[1])])
+
+
+def test_nothing_is_broadcast_or_taken_from_the_end(unchecked):
+    pred = bc.Gaussian(np.zeros((1, 3, 1), np.float32), np.ones((1, 3, 1), np.float32))
+    with pytest.raises(ValueError, match=r"`targets` must have shape \(3, 1\), which the predictive sets, got \(3,\)"):
+        pred.log_prob(np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match=r"`shift` must have shape \(\) or \(1,\), got \(3,\)"):
+        bc.rescale(pred, np.zeros(3), np.ones(3))
+    classes = bc.Categorical(np.zeros((1, 2, 3), np.float32))
+    assert np.isnan(classes.log_prob(np.array([-1, 3]))).all()
+    with pytest.raises(IndexError, match="`index` must lie in"):
+        bc.take(classes, [5])
+
+
+def test_a_certain_bernoulli():
+    pred = bc.Bernoulli(np.array([[-np.inf, np.inf]], np.float32))
+    np.testing.assert_allclose(pred.pooled_mean(), [0, 1])
+    np.testing.assert_allclose(bc.decompose(pred).total, [0, 0], atol=1e-6)
 
 
 def test_take_and_concatenate(rng):
@@ -219,7 +260,12 @@ def test_pooling_normals_is_refused(unchecked):
 
 def test_free_energy_of_normalised_logits_is_refused(rng):
     with pytest.raises(ValueError, match="`free_energy` needs a network's raw logits, got normalised ones"):
-        bc.decompose(bc.pool(bc.Categorical(random_logits(rng))))
+        bc.pool(bc.Categorical(random_logits(rng))).free_energy()
+
+
+def test_decomposing_a_pool_is_refused(rng):
+    with pytest.raises(ValueError, match="`pred` must have raw members, got a pooled or calibrated one"):
+        bc.decompose(bc.pool(bc.Categorical(random_logits(rng))), ood=bc.scores.max_probability)
 
 
 @pytest.mark.parametrize(

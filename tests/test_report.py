@@ -24,6 +24,7 @@ def test_json_leaves(tmp_path):
     value = {"a": bc.Estimate(np.float64(0.5), 0.4, 0.6, 10, "x"), 3: [np.int64(2), np.float32(1.5)], "n": None}
     expected = {"a": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10, "convention": "x"}, "3": [2, 1.5], "n": None}
     assert plain(value) == expected
+    assert plain({"x": bc.Estimate(np.inf)}) == {"x": {"value": "inf"}}
     save_json(tmp_path / "sub" / "m.json", value)
     assert json.loads((tmp_path / "sub" / "m.json").read_text()) == expected
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["m.json"]

@@ -7,7 +7,7 @@ from methods import blobs, pure_model
 
 import bayescal as bc
 from bayescal.progress import describe
-from bayescal.train import _shuffle
+from bayescal.train import _keys, _shuffle
 
 pytestmark = pytest.mark.core
 
@@ -33,9 +33,9 @@ def test_an_epoch_is_its_updates_by_hand(key):
     """One epoch of `fit` against a plain loop over the same batches."""
     data = blobs()
     fitted = bc.fit(method(), data, key, epochs=1, batch_size=8, progress=False)
-    init_key, train_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    (_, index, padding), _ = _shuffle(train_key[None], 0, 30, 4, 8)
-    variables, losses = method().init(init_key, None).variables.params, []
+    init_keys, train_keys, _ = _keys(key, None)
+    (_, index, padding), _ = _shuffle(train_keys, 0, 30, 4, 8)
+    variables, losses = method().init(init_keys[0], None).variables.params, []
     w, b = (np.asarray(variables[k], float) for k in ("w", "b"))
     for rows, mask in zip(np.asarray(index[0]), np.asarray(padding[0])):
         x, y = data.inputs[rows].astype(float), data.targets[rows]
@@ -62,6 +62,95 @@ def test_row_weights_are_repetition(key):
     np.testing.assert_allclose(
         weighted.state.variables.params["w"], repeated.state.variables.params["w"], rtol=1e-4, atol=1e-6
     )
+
+
+def test_row_weights_count_in_small_batches(key):
+    """One pass of tiny steps, a row each, moves the parameters along the weighted mean gradient."""
+    data = blobs()
+    weights = np.array([100.0, 1.0, 0.0] * 10, np.float32)
+    start = method().init(key, None)
+
+    def weighted_loss(params):
+        pred = bc.Categorical((data.inputs @ params["w"] + params["b"])[None])
+        return -jnp.mean(weights / weights.mean() * pred.log_prob(data.targets))
+
+    gradient = jax.grad(weighted_loss)(start.variables.params)
+    weighted = data._replace(weights=weights)
+    fitted = bc.fit(method(1e-4), weighted, key, epochs=1, batch_size=1, start=start, progress=False)
+    moved = (start.variables.params["w"] - fitted.state.variables.params["w"]) / (1e-4 * 30)
+    np.testing.assert_allclose(moved, gradient["w"], rtol=0.03, atol=0.01)
+    np.testing.assert_allclose(fitted.history["loss"][0, 0], weighted_loss(start.variables.params), rtol=0.01)
+
+
+def test_batches_of_weight_zero_move_nothing(key):
+    weights = np.array([1.0] * 5 + [0.0] * 25, np.float32)
+    fitted = bc.fit(method(), blobs()._replace(weights=weights), key, epochs=2, batch_size=2, progress=False)
+    assert np.isfinite(fitted.history["loss"]).all()
+
+
+def test_a_member_spoilt_by_its_last_update_does_not_count(key):
+    build = lambda s: bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(s))
+    both = bc.ensemble(build, settings=jnp.array([0.05, jnp.inf]))
+    fitted = bc.fit(both, blobs(), key, epochs=1, batch_size=30, progress=False)
+    assert np.isfinite(fitted.history["loss"]).all() and list(fitted.members.alive) == [True, False]
+    assert np.isfinite(bc.predict(both, fitted.state, blobs().inputs, key).pooled_mean()).all()
+
+
+def test_a_good_best_state_survives_divergence(key):
+    schedule = lambda step: jnp.where(step < 9, 0.1, jnp.inf)
+    wild = bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(schedule))
+    data = blobs()
+    fitted = bc.fit(wild, data, key, epochs=5, batch_size=10, validation=data, progress=False)
+    assert not fitted.members.alive[0] and fitted.members.stopped_epoch[0] == 3
+    assert np.isfinite(bc.predict(wild, fitted.best, data.inputs, key).log_probs()).all()
+
+
+def test_purposes_do_not_share_random_numbers(key):
+    """One key for everything: no stream of fit is one that prediction or a batch could draw."""
+    streams = [
+        *_keys(key, None),
+        jax.random.split(key, 50),
+        jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(50)),
+    ]
+    data = [tuple(np.asarray(jax.random.key_data(k))) for part in streams[:3] for k in part]
+    small = {tuple(x) for part in streams[3:] for x in np.asarray(jax.random.key_data(part))}
+    assert len(set(data)) == 3 and not set(data) & small
+
+
+def test_inputs_may_be_a_pytree(key):
+    base = pure_model()
+    split = lambda x: {"left": x[:, :2], "right": x[:, 2:]}
+    join = lambda x: jnp.concatenate([x["left"], x["right"]], -1)
+    model = bc.Model(base.init, lambda v, x, k: base.apply(v, join(x), k), lambda v, x, k: base.train(v, join(x), k))
+    data = blobs()
+    tree = bc.Dataset(split(data.inputs), data.targets)
+    one = bc.fit(
+        bc.map_estimate(model, bc.Categorical, optax.sgd(0.1)), tree, key, epochs=2, batch_size=8, progress=False
+    )
+    two = bc.fit(method(0.1), data, key, epochs=2, batch_size=8, progress=False)
+    np.testing.assert_allclose(one.state.variables.params["w"], two.state.variables.params["w"], rtol=1e-5, atol=1e-7)
+    treed = bc.map_estimate(model, bc.Categorical, optax.sgd(0.1))
+    pred = bc.predict(treed, one.state, tree.inputs, key, chunk_size=7)
+    assert pred.batch_shape == (30,)
+    ragged = bc.Dataset({"left": data.inputs, "right": data.inputs[:3]}, data.targets)
+    with pytest.raises(ValueError, match=r"`data.inputs` must have the same rows in every leaf, got \[3, 30\]"):
+        bc.fit(treed, ragged, key, epochs=1, batch_size=8)
+
+
+def test_a_fit_is_not_a_state(unchecked, key):
+    fitted = bc.fit(method(), blobs(), key, epochs=1, batch_size=10, progress=False)
+    with pytest.raises(TypeError, match="`state` must be a state, got a Fit"):
+        bc.predict(method(), fitted, blobs().inputs, key)
+    with pytest.raises(TypeError, match="`start` must be a state, got a Fit"):
+        bc.fit(method(), blobs(), key, epochs=1, batch_size=10, start=fitted)
+    with pytest.raises(TypeError, match="`start` must be Variables or a state that has `variables`, got dict"):
+        bc.fit(method(), blobs(), key, epochs=1, batch_size=10, start={"w": 1.0})
+
+
+def test_one_start_for_all_members(key):
+    start = bc.Variables({"w": jnp.ones((4, 3)), "b": jnp.zeros(3)})
+    fitted = bc.fit(bc.ensemble(method(0.0), 2), blobs(), key, epochs=1, batch_size=10, start=start, progress=False)
+    np.testing.assert_array_equal(fitted.state.members.variables.params["w"], np.ones((2, 4, 3)))
 
 
 def test_history_and_report(key):

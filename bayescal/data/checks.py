@@ -1,6 +1,7 @@
 """Checks of data on the host: what is wrong is said once, before anything is computed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bayescal.types import Dataset
@@ -14,12 +15,22 @@ def check_finite(name: str, value) -> None:
                 f"`{name}` must have at least one row, got shape {np.shape(leaf)}. Check how it was loaded."
             )
         host = np.asarray(leaf)
-        if np.issubdtype(host.dtype, np.floating) and not np.isfinite(host).all():
-            bad = ~np.isfinite(host.reshape(len(host), -1)).all(1)
+        if jnp.issubdtype(host.dtype, jnp.floating) and not np.isfinite(host.astype(np.float32)).all():
+            bad = ~np.isfinite(host.astype(np.float32).reshape(len(host), -1)).all(1)
             raise ValueError(
                 f"`{name}` must be finite, got NaN or infinity in {int(bad.sum())} of {len(host)} rows, "
                 f"first in row {int(bad.argmax())}. Drop or repair them."
             )
+
+
+def check_rows_agree(name: str, value) -> int:
+    """The number of rows of every leaf; raises where they differ."""
+    rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(value)}
+    if len(rows) != 1:
+        raise ValueError(
+            f"`{name}` must have the same rows in every leaf, got {sorted(rows)}. Check how they were joined."
+        )
+    return rows.pop()
 
 
 def check_dataset(data: Dataset, name: str = "data") -> int:
@@ -30,7 +41,7 @@ def check_dataset(data: Dataset, name: str = "data") -> int:
             "`bc.Dataset(inputs, targets)`."
         )
     check_finite(f"{name}.inputs", data.inputs)
-    rows = len(jax.tree.leaves(data.inputs)[0])
+    rows = check_rows_agree(f"{name}.inputs", data.inputs)
     for field in ("targets", "weights"):
         for leaf in jax.tree.leaves(getattr(data, field)):
             if np.shape(leaf)[:1] != (rows,):

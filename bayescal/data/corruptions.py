@@ -46,10 +46,15 @@ def corrupt(name: str, images: np.ndarray, severity: int, seed: int) -> np.ndarr
         float32 array of the same shape.
 
     Raises:
-        ValueError: for another name or severity.
+        ValueError: for another name or severity, or images outside [0, 1].
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"`name` must be one of {sorted(CORRUPTIONS)}, got {name!r}. Check the spelling.")
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"`severity` must be 1, 2, 3, 4 or 5, got {severity!r}. 5 is the strongest.")
+    if np.min(images) < 0 or np.max(images) > 1:
+        raise ValueError(
+            f"`images` must lie in [0, 1], got values from {np.min(images):g} to {np.max(images):g}. Divide by the largest "
+            "possible value, such as 255."
+        )
     return CORRUPTIONS[name](np.asarray(images), severity, np.random.default_rng(seed)).astype(np.float32)

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from bayescal.types import Array, Estimate
 
 
-def auroc(scores: Float[Array, "batch"], positive: Bool[Array, "batch"]) -> Float[jax.Array, ""]:
+def auroc(scores: Float[Array, "batch"], positive: Bool[Array, "batch"] | Int[Array, "batch"]) -> Float[jax.Array, ""]:
     """Area under the ROC curve: P(score of a positive > score of a negative) + half the probability of a tie.
 
     In [0, 1]; higher = positives score higher; 0.5 = no better than chance. Exact with ties, whatever the row order.
@@ -16,7 +16,7 @@ def auroc(scores: Float[Array, "batch"], positive: Bool[Array, "batch"]) -> Floa
 
     Args:
         scores: higher = more likely positive; infinities are allowed.
-        positive: which rows are of the positive class.
+        positive: which rows are of the positive class; integers count as booleans.
     Source: Mann and Whitney 1947.
     """
     return _auroc(jnp.asarray(scores), jnp.asarray(positive).astype(bool))

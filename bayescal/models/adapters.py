@@ -129,7 +129,8 @@ def from_linen(
 ) -> Model:
     """Model of a flax linen module.
 
-    With a key, `nn.Dropout` is switched on (dropout inside attention layers is not); batch norm keeps its running moments. Without one the pass is the
+    With a key, `nn.Dropout` is switched on (dropout inside attention layers is not); batch norm keeps its running
+    moments. Without one the pass is the
     evaluation one.
 
     Args:

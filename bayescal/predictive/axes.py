@@ -71,8 +71,15 @@ def concatenate(preds: list[Predictive]) -> Predictive:
     weights = [p.member_weights for p in preds]
     if all(w is weights[0] for w in weights) or _equal_and_shared(weights):
         return dataclasses.replace(joined, member_weights=weights[0])
-    spread = [jnp.broadcast_to(p.weights(), (p.num_members, *p.batch_shape)) for p in preds]
+    spread = [_per_example_weights(p) for p in preds]
     return dataclasses.replace(joined, member_weights=jnp.concatenate(spread, axis=1))
+
+
+def _per_example_weights(pred):
+    weights = jnp.ones(pred.num_members) if pred.member_weights is None else pred.member_weights
+    if weights.ndim == 1:
+        weights = weights.reshape(-1, *[1] * len(pred.batch_shape))
+    return jnp.broadcast_to(weights, (pred.num_members, *pred.batch_shape))
 
 
 def _same_for_all(weights) -> bool:
@@ -88,7 +95,8 @@ def _equal_and_shared(weights) -> bool:
 def _map_fields(function, pred, *left_out):
     fields = [f.name for f in dataclasses.fields(pred) if not f.metadata.get("static") and f.name not in left_out]
     arrays = {name: getattr(pred, name) for name in fields}
-    return dataclasses.replace(pred, **{n: function(n, x) for n, x in arrays.items() if x is not None})
+    changed = {n: None if x is None else function(n, x) for n, x in arrays.items()}
+    return dataclasses.replace(pred, **changed, **dict.fromkeys(left_out))
 
 
 def _leading(pred) -> tuple[int, int]:
