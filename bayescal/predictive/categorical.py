@@ -8,13 +8,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bayescal.predictive.mixture import (
-    check_axes,
+    Mixture,
     check_target_shape,
-    check_weights,
     float32_or_wider,
     host_targets,
     log_pool,
-    normalised_weights,
     refuse,
     weighted_sum,
 )
@@ -22,7 +20,7 @@ from bayescal.types import Array, Key, pytree
 
 
 @pytree
-class Categorical:
+class Categorical(Mixture):
     """Mixture over members of softmax distributions.
 
     Args:
@@ -31,30 +29,18 @@ class Categorical:
         normalised: set on pooled or calibrated results: the logits are log-probabilities and carry no free energy.
     """
 
+    per_member, event_axes = "logits", 1
+
     logits: Float[Array, "member *batch classes"]
     member_weights: Float[Array, "member *#batch"] | None = None
     normalised: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
-        check_axes("logits", self.logits, 2, "(member, *batch, classes)")
-        if self.member_weights is not None:
-            check_weights(self.member_weights, self.batch_shape, self.num_members)
-
-    @property
-    def num_members(self) -> int:
-        return self.logits.shape[0]
+        self.check_shapes("(member, *batch, classes)")
 
     @property
     def num_classes(self) -> int:
         return self.logits.shape[-1]
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return tuple(self.logits.shape[1:-1])
-
-    def weights(self) -> Float[jax.Array, "member *#batch"]:
-        """Member weights that sum to one, with as many batch axes as the predictive."""
-        return normalised_weights(self.member_weights, self.num_members, len(self.batch_shape))
 
     def member_log_probs(self) -> Float[jax.Array, "member *batch classes"]:
         """Log-probabilities of every class for every member: log_softmax(logits), nats, float32 or wider."""
@@ -113,7 +99,7 @@ class Categorical:
 
 
 @pytree
-class Bernoulli:
+class Bernoulli(Mixture):
     """Mixture over members of two-class distributions given by one logit, P(y = 1) = sigmoid(logit).
 
     Args:
@@ -122,26 +108,14 @@ class Bernoulli:
         normalised: as in `Categorical`.
     """
 
+    per_member, event_axes = "logits", 0
+
     logits: Float[Array, "member *batch"]
     member_weights: Float[Array, "member *#batch"] | None = None
     normalised: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
-        check_axes("logits", self.logits, 1, "(member, *batch)")
-        if self.member_weights is not None:
-            check_weights(self.member_weights, self.batch_shape, self.num_members)
-
-    @property
-    def num_members(self) -> int:
-        return self.logits.shape[0]
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return tuple(self.logits.shape[1:])
-
-    def weights(self) -> Float[jax.Array, "member *#batch"]:
-        """Member weights that sum to one, with as many batch axes as the predictive."""
-        return normalised_weights(self.member_weights, self.num_members, len(self.batch_shape))
+        self.check_shapes("(member, *batch)")
 
     def as_categorical(self) -> Categorical:
         """The same distribution over two classes, with logits (-z/2, z/2): everything else is computed there."""

@@ -10,13 +10,11 @@ from jax.core import Tracer
 from jaxtyping import Float, Num
 
 from bayescal.predictive.mixture import (
-    check_axes,
+    Mixture,
     check_target_shape,
-    check_weights,
     float32_or_wider,
     host_targets,
     log_pool,
-    normalised_weights,
     refuse,
     weighted_sum,
 )
@@ -24,7 +22,7 @@ from bayescal.types import Array, Key, pytree
 
 
 @pytree
-class Gaussian:
+class Gaussian(Mixture):
     """Mixture over members of normal distributions, independent over `dim`.
 
     Args:
@@ -34,13 +32,15 @@ class Gaussian:
         member_weights: as in `Categorical`.
     """
 
+    per_member, event_axes = "mean", 1
+
     mean: Float[Array, "member *batch dim"]
     variance: Float[Array, "member *batch dim"]
     mean_variance: Float[Array, "member *batch dim"] | None = None
     member_weights: Float[Array, "member *#batch"] | None = None
 
     def __post_init__(self):
-        check_axes("mean", self.mean, 2, "(member, *batch, dim)")
+        self.check_shapes("(member, *batch, dim)")
         for name in ("variance", "mean_variance"):
             value = getattr(self, name)
             if value is not None and np.shape(value) != np.shape(self.mean):
@@ -48,20 +48,6 @@ class Gaussian:
                     f"`{name}` must have the shape of `mean`, {np.shape(self.mean)}, got {np.shape(value)}. "
                     "Broadcast it to one value per member, example and dimension."
                 )
-        if self.member_weights is not None:
-            check_weights(self.member_weights, self.batch_shape, self.num_members)
-
-    @property
-    def num_members(self) -> int:
-        return self.mean.shape[0]
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return tuple(self.mean.shape[1:-1])
-
-    def weights(self) -> Float[jax.Array, "member *#batch"]:
-        """Member weights that sum to one, with as many batch axes as the predictive."""
-        return normalised_weights(self.member_weights, self.num_members, len(self.batch_shape))
 
     def member_variance(self) -> Float[jax.Array, "member *batch dim"]:
         """Variance of each member: noise plus the variance of its mean, squared unit."""

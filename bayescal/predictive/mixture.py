@@ -1,5 +1,7 @@
 """Weights of members, pooling in log space, and the checks that all families share."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,33 @@ def check_weights(weights, batch: tuple[int, ...], members: int) -> None:
             f"`member_weights` must have shape (member,) or (member, *batch) = {(members, *batch)} with ones where it "
             f"does not vary, got {shape}. Give one weight per member."
         )
+
+
+class Mixture:
+    """What all families share. A family names the array that sets its shape, and how many last axes are one outcome."""
+
+    per_member: ClassVar[str]
+    event_axes: ClassVar[int]
+    member_weights: Float[Array, "member *#batch"] | None
+
+    @property
+    def num_members(self) -> int:
+        return getattr(self, self.per_member).shape[0]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        shape = getattr(self, self.per_member).shape
+        return tuple(shape[1 : len(shape) - self.event_axes])
+
+    def weights(self) -> Float[jax.Array, "member *#batch"]:
+        """Member weights that sum to one, with as many batch axes as the predictive."""
+        return normalised_weights(self.member_weights, self.num_members, len(self.batch_shape))
+
+    def check_shapes(self, layout: str) -> None:
+        """Raises for a missing member axis or weights that do not fit; `layout` is the family's, in words."""
+        check_axes(self.per_member, getattr(self, self.per_member), 1 + self.event_axes, layout)
+        if self.member_weights is not None:
+            check_weights(self.member_weights, self.batch_shape, self.num_members)
 
 
 def check_target_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> None:
