@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from bayescal.predictive import Predictive, check_rows, take
+from bayescal.sharding import sum_over_processes
 from bayescal.types import Estimate, Metric
 
 
@@ -18,6 +19,7 @@ def evaluate(
     *,
     weights=None,
     batch_size: int = 2**16,
+    across_processes: bool = False,
 ) -> dict[str, Estimate]:
     """The value of every metric, with interval, n and convention.
 
@@ -27,6 +29,8 @@ def evaluate(
         metrics: name -> metric.
         weights: non-negative weight of each row; None = ones. Rows of weight 0 count for nothing.
         batch_size: rows a device call; the last batch is filled up with rows of weight 0. At most 2**20.
+        across_processes: the rows here are this process's share, and sums are added over all processes
+            (`jax.distributed`); False = they are all there is.
 
     Returns:
         name -> Estimate, whose n is the number of rows of positive weight.
@@ -36,6 +40,9 @@ def evaluate(
     """
     sums = measure(pred, targets, metrics, weights=weights, batch_size=batch_size)
     n = len(targets) if weights is None else int((np.asarray(weights) > 0).sum())
+    if across_processes:
+        sums, n = sum_over_processes((sums, np.float64(n)))
+        n = int(n)
     result = {}
     for name, metric in metrics.items():
         low, high = metric.interval(sums[name]) if metric.interval else (None, None)

@@ -9,6 +9,7 @@ import numpy as np
 from bayescal.decompose import decompose
 from bayescal.methods.ensemble import ensemble
 from bayescal.predictive import concatenate
+from bayescal.sharding import make_mesh
 from bayescal.train import fit, predict
 from bayescal.types import Batch, Dataset, EnsembleState, Method, Model
 
@@ -128,17 +129,22 @@ def _check_fit(method, data, key, traces):
 
 
 def _check_members(method, data, key, rtol):
-    both = ensemble(method, 2)
+    both, one_device = ensemble(method, 2), make_mesh(1)  # promises to the bit hold for one number of devices
     settings: dict[str, Any] = dict(epochs=1, batch_size=max(1, len(data.targets) // 3), progress=False)
-    mapped = fit(both, data, key, execution="map", **settings)
+    mapped = fit(both, data, key, execution="map", mesh=one_device, **settings)
     stacked = _leaves(mapped.state.members)
     for m in range(2):
-        lone = fit(method, data, jax.random.fold_in(key, m), execution="map", **settings)
+        lone = fit(method, data, jax.random.fold_in(key, m), execution="map", mesh=one_device, **settings)
         sentence = f"member {m} under map must be the lone run with fold_in(key, {m}), to the bit"
         _same([x[m] for x in stacked], _leaves(lone.state), sentence)
     vmapped = fit(both, data, key, execution="vmap", **settings)
     # Losses, not states: a bias before batch norm has no gradient but rounding, which Adam blows up to full steps.
-    _close(vmapped.history["loss"], mapped.history["loss"], rtol, "vmap and map must agree to rounding")
+    _close(
+        vmapped.history["loss"],
+        mapped.history["loss"],
+        rtol,
+        "vmap and map, on whatever devices, must agree to rounding",
+    )
 
     pred = jax.tree.map(np.asarray, predict(both, mapped.state, data.inputs[:8], key))
     own = pred.num_members // 2

@@ -70,11 +70,13 @@ class Members(NamedTuple):
     build: one member's settings -> its method; called inside the member loop, must be hashable.
     settings: pytree of arrays with a leading member axis, or () where members differ by their key alone.
     number: how many members.
+    resample: `(key, rows) -> (rows,)` weights that each member draws for the rows of its data; None = all rows alike.
     """
 
     build: Callable[[PyTree], "Method"]
     settings: PyTree
     number: int
+    resample: Callable[[Key, int], jax.Array] | None = None
 
 
 class Method(NamedTuple):
@@ -85,12 +87,14 @@ class Method(NamedTuple):
     predict: `(state, inputs, key | None) -> Predictive`; the same key is the same network for any inputs.
     members: set by `ensemble`; None for a method that is trained whole. Replace verbs before ensembling: `fit` runs the
         members' own.
+    experiments: set by `experiments`: independent repetitions (splits, grid points), never pooled; else None.
     """
 
     init: Callable[[Key, PyTree | None], State]
     update: Callable[[State, Batch, Key], tuple[State, dict[str, jax.Array]]]
     predict: Callable[[State, Any, Key | None], Any]
     members: Members | None = None
+    experiments: Members | None = None
 
 
 class EnsembleState(NamedTuple):
@@ -101,25 +105,55 @@ class EnsembleState(NamedTuple):
 
 
 class MemberReport(NamedTuple):
-    """How each member fared: numpy arrays of shape (member,)."""
+    """How each member fared: numpy arrays of shape (member,), or (experiment, member).
 
-    alive: np.ndarray
-    stopped_epoch: (
-        np.ndarray
-    )  # first epoch whose loss (or, at the end, state) was not finite; else the number of epochs
-    last_finite_loss: np.ndarray  # nats per example; NaN where the first epoch already diverged
+    A member that diverged is frozen at once and weighs nothing in predictions; one that stopped early counts.
+    """
+
+    alive: np.ndarray  # bool
+    reason: np.ndarray  # words, why training ended; see `REASONS`
+    stopped_epoch: np.ndarray  # epoch in which it stopped; the number of epochs run where it trained to the end
+    stopped_step: np.ndarray  # updates made
+    last_finite_loss: np.ndarray  # of one batch, nats per example; NaN where the first update already had none
+    best_epoch: np.ndarray  # of the best validation score; -1 without one
+
+    def sentences(self) -> list[str]:
+        """A sentence for each member that did not train to the end."""
+        told = []
+        for place in np.argwhere(self.reason != REASONS[0]):
+            at = tuple(int(i) for i in place)
+            name = " ".join(f"{word} {i}" for word, i in zip(("experiment", "member")[-len(at) :], at, strict=True))
+            end = "stopped early" if self.alive[at] else "diverged and weighs nothing"
+            told.append(
+                f"{name} {end}: {self.reason[at]} in epoch {self.stopped_epoch[at]}, after {self.stopped_step[at]} "
+                f"updates (last finite loss {self.last_finite_loss[at]:.3g})"
+            )
+        return told
+
+
+REASONS = (  # a member's status while it trains is its place in this list; the first two are alive
+    "trained",
+    "no better validation score",
+    "loss not finite",
+    "state not finite",
+    "loss above 1000 x its first",
+    "not alive at the start",
+)
 
 
 class Fit(NamedTuple):
     """What training leaves: the last `state`, the `best` one (by validation score, else the last), and the record.
 
-    history: dict name -> float array (epoch, member), means over the epoch; one member for a method without members.
+    history: dict name -> array (epoch, member), or (epoch, experiment, member): float means over the epoch, NaN where
+        a member did not train, and the bool `alive`. One member for a method without members.
+    seconds: wall clock of this call: `first_epoch` (with compilation), `later_epochs`, and `epochs` that it ran.
     """
 
     state: State
     best: State
     history: dict[str, np.ndarray]
     members: MemberReport
+    seconds: dict[str, float]
 
 
 class Estimate(NamedTuple):

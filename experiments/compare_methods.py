@@ -5,8 +5,11 @@
 Classes 0 to 7 are in distribution (stratified train, validation, test). Images of 8 and 9 are out of distribution, and
 the test images under noise, rotation and contrast at five severities are shifted. Every method is trained, predicts,
 is taken apart and scored on all of them; `seeds=5` repeats everything over five splits and seeds.
+
+Killed at any moment, the same command goes on where it was, to the same figures; `fresh=true` begins again.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +24,7 @@ import yaml
 from compare_methods_report import print_table, write
 
 import bayescal as bc
+from bayescal.checkpoint import events
 from bayescal.config import as_dict, load_config, versions
 from bayescal.report import save_json, save_predictions
 
@@ -54,6 +58,8 @@ class Config:
     prior_scale: float = 0.3
     temperature: float = 1.0  # of the variational posterior; 1 = Bayes
     max_rows: int | None = None  # of each set; for quick looks
+    checkpoint_every: int = 20  # epochs
+    fresh: bool = False  # throw away what a killed run has left, and begin again
     out: str | None = None  # folder of the run; default runs/compare_methods/<name of the yaml>
     progress: bool = True
 
@@ -127,14 +133,21 @@ def load_sets(seed: int, max_rows: int | None = None) -> Sets:
     return Sets(train, validation, {**asked, "ood": unseen[:2]})
 
 
-def run_method(config: Config, name: str, method: bc.Method, sets: Sets, seed: int) -> Outcome:
+def run_method(config: Config, name: str, method: bc.Method, sets: Sets, seed: int, checkpoints: Path) -> Outcome:
     """Trains one method and measures it on every set."""
     epochs = config.variational_epochs if name.startswith("variational") else config.epochs
-    key = jax.random.key(seed)
-    began = time.perf_counter()
-    fitted = bc.fit(method, sets.train, key, epochs=epochs, batch_size=config.batch_size, progress=config.progress)
-    jax.block_until_ready(fitted.state)
-    seconds = {"train": time.perf_counter() - began}
+    settings = {k: v for k, v in as_dict(config).items() if k not in NOT_OF_THE_TRAINING}
+    fitted = bc.fit(
+        method,
+        sets.train,
+        jax.random.key(seed),
+        epochs=epochs,
+        batch_size=config.batch_size,
+        checkpoint=bc.Checkpoint(training_folder(checkpoints, seed, name), config.checkpoint_every, config=settings),
+        progress=config.progress,
+    )
+    first, later = fitted.seconds["first_epoch"], fitted.seconds["later_epochs"]
+    seconds = {"train": first + later, "first_epoch": first}
 
     inputs = np.concatenate([x for x, _ in sets.asked.values()])
     for phase in ("first_call", "predict"):
@@ -151,6 +164,20 @@ def run_method(config: Config, name: str, method: bc.Method, sets: Sets, seed: i
     figures = measure(pooled, parts, {set_: targets for set_, (_, targets) in sets.asked.items()})
     figures["seconds"] = {phase: bc.Estimate(value) for phase, value in seconds.items()}
     return Outcome(fitted, preds, pooled, parts, figures)
+
+
+def training_folder(checkpoints: Path, seed: int, name: str) -> Path:
+    return checkpoints / f"seed{seed}" / name
+
+
+def resumptions(checkpoints: Path, seed: int, name: str) -> list[str]:
+    """A sentence for every time that this training was gone on with, or had a damaged checkpoint put aside."""
+    told = {
+        "resumed": "went on after epoch {epoch} at {time}, on {on} devices",
+        "damaged checkpoint put aside": "checkpoint {epoch} was damaged and put aside at {time}",
+    }
+    happened = events(training_folder(checkpoints, seed, name))
+    return [f"seed {seed}, {name}: {told[e['event']].format(**e)}" for e in happened if e["event"] in told]
 
 
 def measure(pooled, parts, targets) -> dict[str, Any]:
@@ -219,16 +246,6 @@ def temperature(pred: bc.Categorical, targets) -> bc.Temperature | None:
     return bc.fit_temperature(pred, targets)
 
 
-def diverged_members(seed: int, name: str, fitted: bc.Fit) -> list[str]:
-    """A sentence for every member that was dropped from the pool."""
-    report = fitted.members
-    return [
-        f"seed {seed}, {name}: member {m} diverged in epoch {report.stopped_epoch[m]} (last finite loss "
-        f"{report.last_finite_loss[m]:.3g}) and weighs nothing"
-        for m in np.flatnonzero(~report.alive)
-    ]
-
-
 def over_seeds(results: list[Any]) -> Any:
     """Joins trees of Estimates: one seed as it is, several as their mean with a t interval; seconds as medians.
 
@@ -257,25 +274,30 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
             f"and {config.seeds}. Check the spelling."
         )
     began = time.perf_counter()
-    per_seed, comparisons, first, diverged = [], [], [], []
+    checkpoints = folder / "checkpoints"  # of trainings that are not over; gone when the run is
+    if config.fresh:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    per_seed, comparisons, first, stopped, resumed = [], [], [], [], []
     methods: dict[str, bc.Method] = {}
     for seed in range(config.seed, config.seed + config.seeds):
         sets = load_sets(seed, config.max_rows)
         outcomes = {}
         for name in config.methods:
             method = methods.setdefault(name, METHODS[name](config, len(sets.train.targets)))
-            outcomes[name] = run_method(config, name, method, sets, seed)
+            outcomes[name] = run_method(config, name, method, sets, seed, checkpoints)
             where = folder / "predictions" if not first else folder / "predictions" / f"seed{seed}"
             save_predictions(where / f"{name}.npz", outcomes[name].preds["test"], sets.asked["test"][1])
             print(f"seed {seed}  {name:22s} {outcomes[name].figures['seconds']['train'].value:6.1f} s", flush=True)
-            diverged += diverged_members(seed, name, outcomes[name].fit)
+            stopped += [f"seed {seed}, {name}: {told}" for told in outcomes[name].fit.members.sentences()]
+            resumed += resumptions(checkpoints, seed, name)
         per_seed.append({name: outcome.figures for name, outcome in outcomes.items()})
         comparisons.append(compare(outcomes, sets))
         first = first or [sets, outcomes]
     result = {
         "methods": over_seeds(per_seed),
         "comparisons": over_seeds(comparisons),
-        "diverged": diverged,
+        "diverged": stopped,
+        "resumed": resumed,
         "config": as_dict(replace(config, out=None)),
         "versions": versions(),
         "conventions": CONVENTIONS,
@@ -283,11 +305,13 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
     save_json(folder / "metrics.json", result)
     (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
     write(folder, config, result, first[0], first[1], CONVENTIONS)
+    shutil.rmtree(checkpoints)
     print_table(result)
     print(f"{folder / 'report.html'} ({time.perf_counter() - began:.0f} s)")
     return result
 
 
+NOT_OF_THE_TRAINING = ("methods", "seed", "seeds", "checkpoint_every", "fresh", "out", "progress")
 CONVENTIONS = {
     "accuracy": METRICS["accuracy"].convention,
     "nll": METRICS["nll"].convention,
@@ -298,12 +322,14 @@ CONVENTIONS = {
     "intervals": "95 %. One seed: over examples (Wilson for accuracy, normal for means, logit DeLong for AUROC; none "
     "for ECE, whose bootstrap does not cover). Several seeds: Student's t over seeds, each with its own split; splits "
     "share images, so that the intervals are for the mean over splits of this data set.",
-    "seconds": "wall clock; train includes compilation on the first seed; first_call = first prediction of all sets, "
-    "compilation included on the first seed; predict = the same again. Several seeds: medians.",
+    "seconds": "wall clock of the last process; train includes first_epoch, and that compilation on the first seed; "
+    "first_call = first prediction of all sets, compilation included on the first seed; predict = the same again. "
+    "Several seeds: medians.",
 }
 
 
 if __name__ == "__main__":
+    bc.use_all_cores()
     words = sys.argv[1:]
     path = Path(words.pop(0)) if words and "=" not in words[0] else None
     settings = load_config(Config, path, words)

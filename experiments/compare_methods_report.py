@@ -116,7 +116,7 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
             [pictures["rejection"]],
         ),
         Section("Conventions", "\n".join(f"{k}: {v}" for k, v in conventions.items())),
-        Section("What was run", "", [settings, versions]),
+        Section("What was run", "\n".join(result["resumed"]), [settings, versions]),
     ]
     write_report(folder / "report.html", "Uncertainty methods on digits with two unseen classes", lead, sections)
     plt.close("all")

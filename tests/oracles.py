@@ -96,3 +96,23 @@ def auroc(scores, positive):
 
 def normal_log_density(x, mean, variance):
     return -0.5 * (math.log(2 * math.pi * variance) + (x - mean) ** 2 / variance)
+
+
+def greedy_selection(densities, num_members, weights, usable):
+    """(member, rows) densities of the targets -> (order, nll after each step)."""
+    order, curve = [], []
+    for _ in range(num_members):
+        best, best_nll = None, math.inf
+        for member in range(len(densities)):
+            if not usable[member]:
+                continue
+            total = 0.0
+            for row, weight in enumerate(weights):
+                if weight > 0:
+                    pool = sum(float(densities[m, row]) for m in [*order, member]) / (len(order) + 1)
+                    total -= weight * math.log(pool)
+            if total / sum(weights) < best_nll:
+                best, best_nll = member, total / sum(weights)
+        order.append(best)
+        curve.append(best_nll)
+    return order, curve

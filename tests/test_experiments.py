@@ -49,14 +49,14 @@ METHODS = {"single", "deep_ensemble", "mc_dropout", "variational", "variational_
 
 def test_what_a_run_leaves(smoke):
     result = json.loads((smoke / "metrics.json").read_text())
-    assert set(result) == {"methods", "comparisons", "diverged", "config", "versions", "conventions"}
+    assert set(result) == {*("methods", "comparisons", "diverged", "resumed", "config", "versions", "conventions")}
     assert set(result["methods"]) == METHODS
     for figures in result["methods"].values():
         assert {"accuracy", "nll", "brier", "ece"} <= set(figures["test"])
         assert set(figures["shift"]) == {"noise", "rotation", "contrast"}
         assert all(set(by) == set("12345") for by in figures["shift"].values())
         assert {"auroc_total", "auroc_epistemic", "auroc_ood", "auroc_max_probability"} == set(figures["ood"])
-        assert {"train", "first_call", "predict"} == set(figures["seconds"])
+        assert {"train", "first_epoch", "first_call", "predict"} == set(figures["seconds"])
         assert {"test", "ood"} <= set(figures["decomposition"])
         for parts in figures["decomposition"].values():
             total = parts["aleatoric"]["value"] + parts["epistemic"]["value"]
@@ -91,6 +91,35 @@ def test_two_runs_give_the_same_figures(tmp_path):
         for figures in result["methods"].values():
             del figures["seconds"]
     assert one == two
+
+
+def test_a_killed_run_goes_on_to_the_same_figures_and_says_so(tmp_path, monkeypatch):
+    """The run dies after its second training: the same command trains what is left, and the folder shows it."""
+    module = importlib.import_module("compare_methods")
+    words = ["methods=single,deep_ensemble", "num_members=2", "max_rows=70", "epochs=2", "checkpoint_every=1"]
+    config = load_config(module.Config, REPOSITORY / "configs" / "compare_methods" / "smoke.yaml", words)
+    module.main(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        module.main(config, tmp_path / "killed")
+    changed = load_config(
+        module.Config, REPOSITORY / "configs" / "compare_methods" / "smoke.yaml", [*words, "hidden=9"]
+    )
+    with pytest.raises(ValueError, match=r"`config.hidden` was \[16\], is \[9\]"):
+        module.main(changed, tmp_path / "killed")
+    module.main(config, tmp_path / "killed")
+    whole, killed = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed"))
+    assert whole.pop("resumed") == [] and not (tmp_path / "killed" / "checkpoints").exists()
+    told = killed.pop("resumed")
+    assert [line.split(" at ")[0] for line in told] == [
+        "seed 0, single: went on after epoch 2",
+        "seed 0, deep_ensemble: went on after epoch 2",
+    ]
+    assert all(line in (tmp_path / "killed" / "report.html").read_text() for line in told)
+    for result in (whole, killed):
+        for figures in result["methods"].values():
+            del figures["seconds"]
+    assert whole == killed
 
 
 def test_unknown_method(tmp_path):

@@ -11,17 +11,31 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "bayescal"
 FLOORS = {
     "types": "0",
-    **dict.fromkeys(["predictive", "binning", "models", "sharding", "data", "checkpoint", "config"], "1"),
+    **dict.fromkeys(
+        [
+            "predictive",
+            "binning",
+            "models",
+            "sharding",
+            "memory",
+            "liveness",
+            "data",
+            "checkpoint",
+            "config",
+            "schedules",
+        ],
+        "1",
+    ),
     "decompose": "2a",
     **dict.fromkeys(["losses", "metrics", "scores"], "2b"),
     **dict.fromkeys(["methods", "calibrate", "conformal"], "2c"),
-    **dict.fromkeys(["train", "progress", "evaluate", "testing"], "3"),
+    **dict.fromkeys(["train", "evaluate", "testing"], "3"),
     **dict.fromkeys(["plots", "fields", "language"], "4"),
     "report": "5",
     "__main__": "6",
 }
 ONLY_IN = {"matplotlib": ("plots",), "numpyro": ("methods",), "flax": ("models",), "sklearn": ("data", "calibrate")}
-PEERS = {("testing", "train"), ("train", "progress")}  # on one floor, one way
+PEERS = {("testing", "train"), ("checkpoint", "config"), ("memory", "liveness")}  # on one floor, one way
 
 
 def imports():

@@ -140,3 +140,114 @@ def test_members_differ_in_every_random_leaf_and_in_their_masks(name, key):
 def test_pooling_needs_even_images():
     with pytest.raises(ValueError, match=r"`shape` must have height and width divisible by 2 \*\* len\(channels\) = 4"):
         bc.models.convnet((6, 6, 1), (2, 2), 8, 3)
+
+
+RATED = {
+    "mlp": (lambda rate: bc.models.mlp(4, (8,), 3, dropout=rate, batch_norm=True), jax.vmap),
+    "convolutions": (
+        lambda rate: bc.models.convnet((2, 2, 1), (3,), 8, 3, dropout=rate),
+        lambda function: lambda rates: jax.lax.map(function, rates),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_a_traced_rate_gives_what_the_number_gives(name, key):
+    """The same parameters, masks, outputs and moments; the rate itself is carried in `stats`."""
+    (build, over_members), x = RATED[name], inputs_for(name)
+
+    def passes(rate):
+        model = build(rate)
+        variables = model.init(key)
+        return *variables, model.apply(variables, x, key), *model.train(variables, x, key)[:2]
+
+    expected, got = jax.jit(lambda rates: (passes(0.5), over_members(passes)(rates)))(jnp.array([0.1, 0.5]))
+    for stats in (got[1], got[-1]):
+        for layer in stats.pop("dropout").values():
+            np.testing.assert_array_equal(layer["rate"], np.float32([0.1, 0.5]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=2e-5), got, expected)
+    assert (got[2][0] != got[2][1]).any()
+
+
+def test_the_layer_behaves_as_nnx_dropout():
+    x = jnp.arange(1.0, 41).reshape(4, 2, 5)
+    plain = bc.models.dropout_layer(0.6, nnx.Rngs(1), broadcast_dims=(-2,))
+    ours = bc.models.dropout_layer(jnp.float32(0.6), nnx.Rngs(1), broadcast_dims=(-2,))
+    assert type(plain) is nnx.Dropout and isinstance(ours, nnx.Dropout)
+    streams = [None, None, nnx.Rngs(2), nnx.Rngs(2).default, jax.random.key(2)]  # its own one moves on at each draw
+    for of_ours, of_plain in zip(streams, jax.tree.map(jnp.copy, streams), strict=True):
+        expected = plain(x, rngs=of_plain)
+        np.testing.assert_allclose(ours(x, rngs=of_ours), expected, rtol=1e-6)
+        assert 0 < (expected == 0).sum() < x.size
+    np.testing.assert_array_equal(ours(x, deterministic=True), x)
+    ours.eval()
+    np.testing.assert_array_equal(ours(x), x)
+    assert (ours(x, deterministic=False, rngs=nnx.Rngs(2)) != x).all()
+    ours.train()
+    assert ours(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(bc.models.dropout_layer(jnp.float32(0), nnx.Rngs(1))(x), x)
+
+
+def test_bad_rates(unchecked):
+    for rate in (1, -0.1, jnp.float32(1), np.float32(-0.1)):
+        with pytest.raises(ValueError, match=r"`dropout` must be a rate in \[0, 1\), got .*\. It is the share"):
+            mlp(dropout=rate)
+    with pytest.raises(ValueError, match=r"`dropout` must be one rate, got shape \(2,\)\. In `ensemble` each member"):
+        mlp(dropout=jnp.array([0.1, 0.2]))
+    drop = lambda rate: bc.models.dropout_layer(rate, nnx.Rngs(0))(jnp.ones(9))
+    bad = jax.jit(jax.vmap(drop))(jnp.array([-0.1, 0.0, 0.9, 1.0, 1.1]))  # traced: NaN rather than another network
+    np.testing.assert_array_equal(jnp.isnan(bad).all(1), [True, False, False, True, True])
+    np.testing.assert_array_equal(jnp.isnan(bad).any(1), [True, False, False, True, True])
+
+
+def test_a_traced_rate_does_not_outlive_its_trace(key):
+    """jax keeps every module class: one that closed over the rate would hold the whole trace."""
+    with jax.checking_leaks():
+        for build, over_members in RATED.values():
+            jax.eval_shape(over_members(lambda rate, build=build: build(rate).init(key)), jnp.array([0.1, 0.5]))
+
+
+class Own(nnx.Module):
+    """A user's network with a rate of its own."""
+
+    def __init__(self, rate, rngs):
+        self.dropout = bc.models.dropout_layer(rate, rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(x))
+
+
+def test_members_with_their_own_dropout_rates(key):
+    """Through fit and predict, map and vmap: the more dropout, the more a member's draws differ."""
+    import optax
+    from methods import blobs
+
+    def build(own):
+        model = bc.from_nnx(lambda rngs: Own(own["rate"], rngs))
+        return bc.mc_dropout(model, bc.Categorical, optax.sgd(1e-2), num_draws=20)
+
+    rates, data = jnp.array([0.0, 0.1, 0.8]), blobs()
+    method = bc.ensemble(build, settings={"rate": rates})
+    for execution in ("map", "vmap"):
+        fitted = bc.fit(method, data, key, epochs=1, batch_size=10, execution=execution, progress=False)
+        np.testing.assert_array_equal(fitted.state.members.variables.stats["dropout"]["rate"], rates)
+        assert fitted.members.alive.all()
+        draws = bc.predict(method, fitted.state, data.inputs, key).logits.reshape(3, 20, *data.targets.shape, 3)
+        spread = (draws.max(1) - draws.min(1)).mean((1, 2))
+        assert spread[0] == 0 and 0 < spread[1] < spread[2] / 2
+
+
+def test_a_vmapped_convnet_has_the_gradients_of_each_member(key):
+    """jax 0.10.2 on CPU compiles the gradient of a reshape-and-max pooling after batch norm to wrong numbers."""
+    model = bc.models.convnet((4, 4, 1), (3,), 8, 3, batch_norm=True)
+    inputs = jax.random.normal(key, (5, 4, 4, 1))
+    variables = jax.vmap(model.init)(jax.random.split(key, 2))
+
+    def gradient(variables):
+        loss = lambda params: (model.train(variables._replace(params=params), inputs, key)[0] ** 2).sum()
+        return jax.grad(loss)(variables.params)
+
+    both, each = jax.jit(jax.vmap(gradient))(variables), jax.lax.map(gradient, variables)
+    for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(each), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)

@@ -6,8 +6,10 @@ import pytest
 from methods import blobs, pure_model
 
 import bayescal as bc
-from bayescal.progress import describe
-from bayescal.train import _keys, _shuffle
+from bayescal.methods.experiments import runner_keys
+from bayescal.train.fit import _purposes
+from bayescal.train.member import Plan, Runner, shuffle
+from bayescal.train.progress import describe
 
 pytestmark = pytest.mark.core
 
@@ -16,16 +18,25 @@ def method(learning_rate=0.05):
     return bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(learning_rate))
 
 
+def shuffled(keys, epoch, rows, batch_size):
+    """Leading member axis: index and padding of every batch of an epoch."""
+    plan = Plan(rows, batch_size, bc.nll(), None, 0, 1)
+    one = lambda key: shuffle(plan, method(), Runner(key, key, jnp.int32(0), jnp.int32(0), ()), jnp.int32(epoch))[0]
+    steps = jax.vmap(one)(keys)
+    assert (steps.number == jnp.arange(plan.steps)).all()
+    return np.asarray(steps.index), np.asarray(steps.padding)
+
+
 def test_every_row_once_an_epoch_and_padding_last():
     keys = jax.random.split(jax.random.key(0), 3)
-    (numbers, index, padding), _ = _shuffle(keys, 0, 10, 3, 4)
-    assert index.shape == (3, 3, 4) and list(numbers[0]) == [0, 1, 2]
+    index, padding = shuffled(keys, 0, 10, 4)
+    assert index.shape == (3, 3, 4)
     for m in range(3):
-        flat, counted = np.asarray(index[m]).ravel(), np.asarray(padding[m]).ravel()
+        flat, counted = index[m].ravel(), padding[m].ravel()
         assert sorted(flat[counted > 0]) == list(range(10))
         assert list(counted) == [1] * 10 + [0] * 2
     assert (index[0] != index[1]).any(), "members shuffle apart"
-    (_, later, _), _ = _shuffle(keys, 1, 10, 3, 4)
+    later, _ = shuffled(keys, 1, 10, 4)
     assert (later != index).any(), "epochs shuffle afresh"
 
 
@@ -33,11 +44,11 @@ def test_an_epoch_is_its_updates_by_hand(key):
     """One epoch of `fit` against a plain loop over the same batches."""
     data = blobs()
     fitted = bc.fit(method(), data, key, epochs=1, batch_size=8, progress=False)
-    init_keys, train_keys, _ = _keys(key, None)
-    (_, index, padding), _ = _shuffle(train_keys, 0, 30, 4, 8)
+    init_keys, train_keys, _ = _purposes(runner_keys(method(), key))
+    index, padding = shuffled(train_keys, 0, 30, 8)
     variables, losses = method().init(init_keys[0], None).variables.params, []
     w, b = (np.asarray(variables[k], float) for k in ("w", "b"))
-    for rows, mask in zip(np.asarray(index[0]), np.asarray(padding[0])):
+    for rows, mask in zip(index[0], padding[0]):
         x, y = data.inputs[rows].astype(float), data.targets[rows]
         logits = x @ w + b
         p = np.exp(logits - logits.max(1, keepdims=True))
@@ -49,6 +60,8 @@ def test_an_epoch_is_its_updates_by_hand(key):
     np.testing.assert_allclose(fitted.state.variables.params["b"], b, rtol=1e-4, atol=1e-6)
     mean = sum(a * n for a, n in losses) / 30
     np.testing.assert_allclose(fitted.history["loss"], [[mean]], rtol=1e-5)
+    np.testing.assert_allclose(fitted.members.last_finite_loss, losses[-1][0], rtol=1e-5)
+    assert fitted.members.stopped_step == 4
 
 
 def test_row_weights_are_repetition(key):
@@ -108,7 +121,7 @@ def test_a_good_best_state_survives_divergence(key):
 def test_purposes_do_not_share_random_numbers(key):
     """One key for everything: no stream of fit is one that prediction or a batch could draw."""
     streams = [
-        *_keys(key, None),
+        *_purposes(key[None]),
         jax.random.split(key, 50),
         jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(50)),
     ]
@@ -158,7 +171,9 @@ def test_history_and_report(key):
     assert fitted.history["loss"].shape == (4, 3)
     assert (fitted.history["loss"][-1] < fitted.history["loss"][0]).all()
     assert fitted.members.alive.all() and (fitted.members.stopped_epoch == 4).all()
-    np.testing.assert_array_equal(fitted.members.last_finite_loss, fitted.history["loss"][-1])
+    assert (fitted.members.reason == "trained").all() and (fitted.members.stopped_step == 12).all()
+    assert fitted.members.sentences() == [] and fitted.history["alive"].all()
+    assert fitted.seconds["epochs"] == 4 and fitted.seconds["first_epoch"] > 0
 
 
 def test_best_state_by_validation(key):
@@ -167,7 +182,7 @@ def test_best_state_by_validation(key):
     wild = bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(schedule))
     data = blobs()
     fitted = bc.fit(bc.ensemble(wild, 2), data, key, epochs=10, batch_size=10, validation=data, progress=False)
-    scores = fitted.history["validation_nll"]
+    scores = fitted.history["validation_score"]
     assert (scores.argmin(0) < 9).all() and (scores[-1] > 2 * scores.min(0)).all()
     for m in range(2):
         one = jax.tree.map(lambda x, m=m: x[m], fitted.best.members)
@@ -181,7 +196,11 @@ def test_a_diverged_member_is_reported_and_does_not_count(key):
     both = bc.ensemble(build, settings=jnp.array([0.05, jnp.inf]))
     fitted = bc.fit(both, data, key, epochs=3, batch_size=10, progress=False)
     assert list(fitted.members.alive) == [True, False]
-    assert fitted.members.stopped_epoch[1] == 0 and np.isnan(fitted.members.last_finite_loss[1])
+    assert fitted.members.stopped_epoch[1] == 0 and fitted.members.stopped_step[1] == 1
+    assert fitted.members.reason[1] == "loss not finite" and np.isfinite(fitted.members.last_finite_loss[1])
+    assert not fitted.history["alive"][:, 1].any() and not np.isfinite(fitted.history["loss"][:, 1]).any()
+    (sentence,) = fitted.members.sentences()
+    assert "member 1 diverged and weighs nothing: loss not finite in epoch 0, after 1 updates" in sentence
     pred = bc.predict(both, fitted.state, data.inputs, key)
     healthy = bc.fit(
         bc.ensemble(build, settings=jnp.array([0.05, 0.05])), data, key, epochs=3, batch_size=10, progress=False
@@ -244,7 +263,7 @@ def with_value(value):
         ),
         (
             lambda key: bc.fit(method(), blobs(), key, epochs=1, batch_size=10, execution="pmap"),
-            "`execution` must be 'map', 'vmap' or None, got 'pmap'",
+            "`execution` must be 'map', 'vmap', a positive number or None, got 'pmap'",
         ),
         (
             lambda key: bc.fit(
@@ -277,8 +296,14 @@ def test_no_dataset(unchecked, key):
 
 
 def test_progress_names_every_loss_or_their_range():
-    assert describe(np.array([0.5, 0.25])) == "loss 0.500 0.250"
-    assert describe(np.r_[np.linspace(1, 2, 9), np.nan]) == "loss 1.000 to 2.000 (9 finite)"
+    yes = np.ones(2, bool)
+    assert describe(np.array([0.5, 0.25]), yes, yes) == "loss 0.500 0.250"
+    assert describe(np.array([0.5, 0.25]), np.array([True, False]), ~yes) == (
+        "loss 0.500 0.250 (1 stopped early, 1 diverged of 2)"
+    )
+    alive = np.arange(10) < 9
+    assert describe(np.r_[np.linspace(1, 2, 9), np.nan], alive, alive) == "loss 1.000 to 2.000 (1 diverged of 10)"
+    assert describe(np.full(9, np.nan), alive[1:], alive[1:]) == "loss nowhere finite (1 diverged of 9)"
 
 
 def test_one_logit_from_data_to_parts(key):

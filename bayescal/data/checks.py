@@ -15,12 +15,23 @@ def check_finite(name: str, value) -> None:
                 f"`{name}` must have at least one row, got shape {np.shape(leaf)}. Check how it was loaded."
             )
         host = np.asarray(leaf)
-        if jnp.issubdtype(host.dtype, jnp.floating) and not np.isfinite(host.astype(np.float32)).all():
-            bad = ~np.isfinite(host.astype(np.float32).reshape(len(host), -1)).all(1)
+        if jnp.issubdtype(host.dtype, jnp.floating):
+            bad = _rows_not_finite(host)
+            if not bad.any():
+                continue
             raise ValueError(
                 f"`{name}` must be finite, got NaN or infinity in {int(bad.sum())} of {len(host)} rows, "
                 f"first in row {int(bad.argmax())}. Drop or repair them."
             )
+
+
+def _rows_not_finite(host: np.ndarray, most: int = 2**22) -> np.ndarray:
+    """Which rows hold NaN or infinity; a few million numbers at a time, so that a memory map is never copied whole."""
+    rows = max(1, most * len(host) // max(host.size, 1))
+    finite = lambda part: np.isfinite(part.astype(np.float32))
+    return np.concatenate(
+        [~finite(host[i : i + rows]).reshape(len(host[i : i + rows]), -1).all(1) for i in range(0, len(host), rows)]
+    )
 
 
 def check_rows_agree(name: str, value) -> int:

@@ -50,27 +50,25 @@ def member_start(start: PyTree | None, number: int) -> PyTree | None:
 def update(state: EnsembleState, batch, key: Key, members: Members):
     """One update of every member on the same batch; `fit` instead runs members apart, each on its own batches."""
     states, info = run_members(
-        lambda s, k, settings: members.build(settings).update(s, batch, k),
+        lambda s, k, settings, b: members.build(settings).update(s, b, k),
         state.members,
         member_keys(key, members.number),
         members.settings,
+        shared=(batch,),
     )
     return state._replace(members=states), info
 
 
 def predict(state: EnsembleState, inputs, key: Key | None, members: Members):
     """All members' predictives on one member axis, member-major; members that are not alive get weight 0."""
-    if key is None:
-        stacked = run_members(
-            lambda s, settings: members.build(settings).predict(s, inputs, None), state.members, members.settings
-        )
-    else:
-        stacked = run_members(
-            lambda s, k, settings: members.build(settings).predict(s, inputs, k),
-            state.members,
-            member_keys(key, members.number),
-            members.settings,
-        )
+    keys = None if key is None else member_keys(key, members.number)
+    stacked = run_members(
+        lambda s, k, settings, x: members.build(settings).predict(s, x, k),
+        state.members,
+        keys,
+        members.settings,
+        shared=(inputs,),
+    )
     return merge_members(stacked, state.alive.astype(jnp.float32))
 
 
@@ -79,6 +77,7 @@ def ensemble(
     num_members: int | None = None,
     *,
     settings: PyTree | None = None,
+    resample: Callable[[Key, int], jax.Array] | None = None,
 ) -> Method:
     """Independent copies of a method, pooled: of `map_estimate` a deep ensemble, of `mc_dropout` or `variational` theirs.
 
@@ -86,7 +85,9 @@ def ensemble(
         method: the method to repeat; or, with `settings`, a function from one member's settings to its method.
         num_members: how many.
         settings: pytree of arrays whose leading axis is the member: learning rates, weight decays, ... Each must be
-            used arithmetically; a Python branch on one raises jax's tracer error.
+            used arithmetically; a Python branch on one is an error that names it.
+        resample: `(key, rows) -> (rows,)` weights that each member draws for the rows of its training data, such as
+            `bootstrap` or `Subsample(0.8)`; None = all members see all rows.
 
     Returns:
         Method whose state is `EnsembleState` and whose `members` let `fit` run each member apart.
@@ -94,43 +95,52 @@ def ensemble(
     Raises:
         ValueError: neither or both of `num_members` and `settings`; fewer than one member; ragged settings.
         TypeError: a function where a method is wanted, or the other way round.
-    Source: Lakshminarayanan et al. 2017 (deep ensembles).
+    Source: Lakshminarayanan et al. 2017 (deep ensembles); Wenzel et al. 2020 (settings that differ).
     """
-    if (num_members is None) == (settings is None):
+    members = as_members(method, num_members, settings, "num_members")
+    if isinstance(method, Method) and method.members is not None:
         raise ValueError(
-            f"`num_members` or `settings` must be given, one of them, got num_members={num_members!r} and "
-            f"settings={'None' if settings is None else 'given'}. The settings' leading axis counts the members."
+            "`method` must be one without members, got an ensemble. Ensemble the method inside it, with as many "
+            "members as both together."
         )
-    if settings is None:
-        if not isinstance(num_members, int) or num_members < 1:
-            raise ValueError(f"`num_members` must be a whole number of at least 1, got {num_members!r}. 5 is usual.")
-        if not isinstance(method, Method):
-            raise TypeError(
-                f"`method` must be a Method when `num_members` is given, got {type(method).__name__}. "
-                "A function from settings to a method goes with `settings`."
-            )
-        if method.members is not None:
-            raise ValueError(
-                "`method` must be one without members, got an ensemble. Ensemble the method inside it, with as many "
-                "members as both together."
-            )
-        members = Members(Always(method), (), num_members)
-    else:
-        if isinstance(method, Method):
-            raise TypeError(
-                "`method` must be a function from one member's settings to its method when `settings` are given, got a "
-                "Method. Write `lambda settings: map_estimate(...)`."
-            )
-        sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(settings)}
-        if len(sizes) != 1 or sizes == {()}:
-            raise ValueError(
-                f"`settings` must be arrays with the same leading member axis, got sizes {sorted(sizes)}. "
-                "Give one value per member in every array."
-            )
-        members = Members(method, settings, sizes.pop()[0])
+    members = members._replace(resample=resample)
     return Method(
         lambda key, start=None: init(key, start, members),
         lambda state, batch, key: update(state, batch, key, members),
         lambda state, inputs, key: predict(state, inputs, key, members),
         members,
     )
+
+
+def as_members(method, number: int | None, settings: PyTree | None, name: str) -> Members:
+    """`Members` from a method and a number, or from a builder and its settings; `name` is the number's, for errors."""
+    if (number is None) == (settings is None):
+        raise ValueError(
+            f"`{name}` or `settings` must be given, one of them, got {name}={number!r} and "
+            f"settings={'None' if settings is None else 'given'}. The settings' leading axis counts them."
+        )
+    if settings is None:
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {number!r}. 5 is usual.")
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"`method` must be a Method when `{name}` is given, got {type(method).__name__}. "
+                "A function from settings to a method goes with `settings`."
+            )
+        if method.experiments is not None:
+            raise ValueError(
+                "`method` must be one without experiments, got experiments of it. Repeat the method inside it."
+            )
+        return Members(Always(method), (), number)
+    if isinstance(method, Method):
+        raise TypeError(
+            "`method` must be a function from one member's settings to its method when `settings` are given, got a "
+            "Method. Write `lambda settings: map_estimate(...)`."
+        )
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(settings)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"`settings` must be arrays with the same leading member axis, got sizes {sorted(sizes)}. "
+            "Give one value per member in every array."
+        )
+    return Members(method, settings, sizes.pop()[0])

@@ -19,14 +19,14 @@ def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: 
     if key is None:
         return likelihood(one_member(model.apply(state.variables, inputs, None)))
 
-    def draw(draw_key):
+    def draw(draw_key, variables, inputs):
         def one(row):
-            outputs = model.apply(state.variables, jax.tree.map(lambda x: x[None], row), draw_key)
+            outputs = model.apply(variables, jax.tree.map(lambda x: x[None], row), draw_key)
             return jax.tree.map(lambda x: x[0], outputs)
 
         return jax.vmap(one)(inputs)
 
-    return likelihood(run_members(draw, jax.random.split(key, num_draws)))
+    return likelihood(run_members(draw, jax.random.split(key, num_draws), shared=(state.variables, inputs)))
 
 
 def mc_dropout(

@@ -126,10 +126,10 @@ def predict(state: VariationalState, inputs, key: Key | None, model, likelihood,
         mean_network = Variables(family.unravel(state.location), state.stats)
         return likelihood(one_member(model.apply(mean_network, inputs, None)))
 
-    def outputs(draw_key):
+    def outputs(draw_key, state, inputs):
         return model.apply(draw(state, draw_key, family), inputs, None)
 
-    return likelihood(run_members(outputs, jax.random.split(key, num_draws)))
+    return likelihood(run_members(outputs, jax.random.split(key, num_draws), shared=(state, inputs)))
 
 
 def draw(state: VariationalState, key: Key, family: MeanField) -> Variables:

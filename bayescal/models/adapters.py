@@ -14,14 +14,6 @@ _NO_STREAM = (
 )
 
 
-def check_dropout(rate: float) -> None:
-    """Raises unless `rate` lies in [0, 1)."""
-    if not 0 <= rate < 1:
-        raise ValueError(
-            f"`dropout` must be a rate in [0, 1), got {rate!r}. It is the share of units that are dropped."
-        )
-
-
 def from_nnx(build: Callable[[Any], Any]) -> Model:
     """Model of a flax nnx module, used through split and merge alone.
 
@@ -54,8 +46,7 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
                 graph_box.append(graph)
                 return states
 
-            with jax.ensure_compile_time_eval():
-                states = jax.eval_shape(shapes, jax.random.key(0))
+            states = jax.eval_shape(shapes, jax.eval_shape(jax.random.key, 0))
             abstract.append((graph_box[0], *states))
         return abstract[0]
 

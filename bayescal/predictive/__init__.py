@@ -3,7 +3,7 @@
 Pooling happens in one function, `log_pool`, in log space; axes join in one function, `merge_members`.
 """
 
-from bayescal.predictive.axes import Predictive, concatenate, merge_members, take
+from bayescal.predictive.axes import Predictive, concatenate, merge_members, stack_experiments, swap_batch_axes, take
 from bayescal.predictive.categorical import Bernoulli, Categorical, pool
 from bayescal.predictive.checks import check_predictive, check_rows
 from bayescal.predictive.gaussian import Gaussian, rescale, variance_of_means
@@ -27,6 +27,8 @@ __all__ = [
     "one_logit",
     "pool",
     "rescale",
+    "stack_experiments",
+    "swap_batch_axes",
     "take",
     "variance_of_means",
     "weighted_sum",

@@ -35,6 +35,26 @@ def merge_members(stacked: Predictive, weights: Float[Array, "outer"] | None = N
     return merged if own is None else dataclasses.replace(merged, member_weights=own)
 
 
+def stack_experiments(stacked: Predictive) -> Predictive:
+    """Moves a leading experiment axis behind the members: (experiment, member, rows, ...) -> (member, experiment, rows,
+    ...). The experiment becomes a batch axis, so that nothing ever pools over it.
+
+    Args:
+        stacked: predictive whose leaves carry an extra leading axis, as `run_members` returns it.
+    """
+    moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), stacked)
+    weights = moved.member_weights
+    if weights is None or weights.ndim > 2:
+        return moved
+    rows = len(moved.batch_shape) - 1
+    return dataclasses.replace(moved, member_weights=weights.reshape(*weights.shape, *[1] * rows))
+
+
+def swap_batch_axes(pred: Predictive) -> Predictive:
+    """Exchanges the first two batch axes: (member, experiment, rows, ...) <-> (member, rows, experiment, ...)."""
+    return jax.tree.map(lambda x: x if x.ndim < 3 else jnp.swapaxes(x, 1, 2), pred)
+
+
 def take(pred: Predictive, index) -> Predictive:
     """The examples `index` (anything numpy takes) along the first batch axis.
 

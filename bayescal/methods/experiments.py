@@ -1,0 +1,172 @@
+"""Independent experiments (splits, folds, grid points, repetitions): an outer axis that is never pooled."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bayescal.methods.ensemble import Always, as_members, member_keys, member_start
+from bayescal.predictive import stack_experiments
+from bayescal.sharding import run_members
+from bayescal.types import EnsembleState, Key, Members, Method, PyTree
+
+
+class Runners(NamedTuple):
+    """Every network that is trained by itself: the members of all experiments on one axis, experiment-major.
+
+    build: one runner's settings -> its method, which has neither members nor experiments.
+    settings: pytree of arrays with a leading runner axis.
+    shape: (), (member,), (experiment,) or (experiment, member); its product is the number of runners.
+    resample: of the members.
+    """
+
+    build: Callable[[PyTree], Method]
+    settings: PyTree
+    shape: tuple[int, ...]
+    resample: Callable[[Key, int], jax.Array] | None
+
+    @property
+    def number(self) -> int:
+        return int(np.prod(self.shape, dtype=int))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneOf:
+    """(settings of an experiment, member) -> that member's method; equal for equal builders, so jit keeps its cache."""
+
+    build: Callable[[PyTree], Method]
+
+    def __call__(self, settings) -> Method:
+        own, member = settings
+        inner = self.build(own)
+        if inner.members is None:
+            return inner
+        return inner.members.build(jax.tree.map(lambda x: x[member], inner.members.settings))
+
+
+def runners(method: Method) -> Runners:
+    """What of a method can be trained apart: the lone method itself, its members, or those of all its experiments."""
+    outer = method.experiments
+    if outer is None:
+        members = method.members
+        if members is None:
+            return Runners(Always(method), (), (), None)
+        return Runners(members.build, members.settings, (members.number,), members.resample)
+    inner = _inner(outer)
+    if inner is None:
+        return Runners(outer.build, outer.settings, (outer.number,), None)
+    number = outer.number * inner.number
+    settings = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), inner.number, axis=0), outer.settings)
+    members = jnp.arange(number, dtype=jnp.int32) % inner.number
+    return Runners(_OneOf(outer.build), (settings, members), (outer.number, inner.number), inner.resample)
+
+
+def runner_keys(method: Method, key: Key) -> Key:
+    """One key a runner: experiment e has `fold_in(key, e)`, its member m has that folded with m."""
+    if method.experiments is None:
+        return key[None] if method.members is None else member_keys(key, method.members.number)
+    keys, inner = member_keys(key, method.experiments.number), _inner(method.experiments)
+    return keys if inner is None else jax.vmap(lambda k: member_keys(k, inner.number))(keys).reshape(-1)
+
+
+def runner_start(method: Method, start: PyTree | None) -> PyTree | None:
+    """`start` with a leading runner axis: one network for all, or the state that an earlier fit of it left."""
+    if method.experiments is None or start is None:
+        return member_start(start, runners(method).number)
+    shape = runners(method).shape
+    if isinstance(start, EnsembleState) and len(shape) == 2 and jnp.shape(start.alive) == shape:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), start.members)
+    leaves = jax.tree.leaves(start)
+    if len(shape) == 1 and leaves and all(jnp.shape(x)[:1] == shape for x in leaves):
+        return start
+    return member_start(start, int(np.prod(shape)))
+
+
+def experiments(
+    method: Method | Callable[[PyTree], Method],
+    number: int | None = None,
+    *,
+    settings: PyTree | None = None,
+) -> Method:
+    """Independent repetitions of a method, alone or an ensemble, trained as one program and never pooled.
+
+    `fit` takes a list with each experiment's data (or one data set for all) and gives experiment e what a lone `fit`
+    would with the key `fold_in(key, e)`; states, history and report gain a leading experiment axis. `predict` takes a
+    list of inputs (or one for all) and keeps the axis as the first batch axis: (member, experiment, rows, ...);
+    `bc.take(pred, e)` is one experiment's predictive.
+
+    Args:
+        method: the method to repeat; or, with `settings`, a function from one experiment's settings to its method.
+        number: how many.
+        settings: pytree of arrays whose leading axis is the experiment; each must be used arithmetically.
+
+    Raises:
+        ValueError: neither or both of `number` and `settings`; fewer than one experiment; ragged settings; experiments
+            of experiments.
+        TypeError: a function where a method is wanted, or the other way round.
+    """
+    outer = as_members(method, number, settings, "number")
+    return Method(
+        lambda key, start=None: init(key, start, outer),
+        lambda state, batch, key: update(state, batch, key, outer),
+        lambda state, inputs, key: predict(state, inputs, key, outer),
+        experiments=outer,
+    )
+
+
+def init(key: Key, start: PyTree | None, outer: Members) -> PyTree:
+    """Every experiment's own state, stacked; a start is one network for all."""
+    return run_members(
+        lambda k, settings, s: outer.build(settings).init(k, s),
+        member_keys(key, outer.number),
+        outer.settings,
+        shared=(start,),
+    )
+
+
+def update(state: PyTree, batch, key: Key, outer: Members):
+    """One update of every experiment on the same batch; `fit` instead gives each its own."""
+    return run_members(
+        lambda s, k, settings, b: outer.build(settings).update(s, b, k),
+        state,
+        member_keys(key, outer.number),
+        outer.settings,
+        shared=(batch,),
+    )
+
+
+def predict(state: PyTree, inputs, key: Key | None, outer: Members):
+    """Every experiment's predictive, (member, experiment, rows, ...); a list of inputs holds each experiment's own."""
+    keys = None if key is None else member_keys(key, outer.number)
+    if not isinstance(inputs, list):
+        one: Any = lambda s, k, settings, x: outer.build(settings).predict(s, x, k)
+        return stack_experiments(run_members(one, state, keys, outer.settings, shared=(inputs,)))
+    if len(inputs) != outer.number:
+        raise ValueError(
+            f"`inputs` must be a list of {outer.number} arrays, one for each experiment, got {len(inputs)}. "
+            "Pass one array for all, or one each."
+        )
+    own = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
+    one = lambda s, k, settings, x: outer.build(settings).predict(s, x, k)
+    return stack_experiments(run_members(one, state, keys, outer.settings, own))
+
+
+def _inner(outer: Members) -> Members | None:
+    """The members of one experiment, by their number and resampling alone; None for a lone method."""
+    found = []
+
+    def look(settings):
+        method = outer.build(jax.tree.map(lambda x: x[0], settings))
+        if method.experiments is not None:
+            raise ValueError("`method` must be one without experiments, got experiments of it. Make one grid of both.")
+        found.append(method.members and Members(_nothing, (), method.members.number, method.members.resample))
+
+    jax.eval_shape(look, outer.settings)
+    return found[0]
+
+
+def _nothing(settings):
+    raise NotImplementedError

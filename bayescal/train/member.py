@@ -1,0 +1,216 @@
+"""The training of one member as pure functions of its carry: what every execution, device count and resume runs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bayescal.sharding import over_data
+from bayescal.types import REASONS, Array, Batch, Key, Method, Metric, PyTree
+
+TRAINING, STOPPED_EARLY, LOSS_NOT_FINITE, STATE_NOT_FINITE, LOSS_TOO_HIGH, EXCLUDED = range(len(REASONS))
+EXPLODED = 1e3  # an epoch loss above so many times the first batch's has diverged
+LEAST_FIRST = 1e-2  # nats: a first loss nearer to zero counts as this much, since a loss may start at or below zero
+
+
+class Plan(NamedTuple):
+    """What is fixed for a whole training and known to the compiler."""
+
+    rows: int
+    batch_size: int
+    score: Metric  # of validation; lower = better
+    patience: int | None
+    validation_rows: int
+    chunk_size: int  # validation rows that go through the network at a time
+
+    @property
+    def steps(self) -> int:
+        """Updates an epoch."""
+        return -(-self.rows // self.batch_size)
+
+
+class Sums(NamedTuple):
+    """Of the epoch so far: rows seen, and the sum of each entry of `update`'s info over them."""
+
+    rows: jax.Array
+    info: dict[str, jax.Array]
+
+
+class Carry(NamedTuple):
+    """One member's training so far: everything that decides how it goes on, and so what a checkpoint holds."""
+
+    state: PyTree
+    best: PyTree  # () without validation
+    best_score: jax.Array  # lower = better; infinite before the first
+    best_epoch: jax.Array  # -1 before the first
+    status: jax.Array  # place in `REASONS`
+    stopped_epoch: jax.Array  # -1 while it trains
+    updates: jax.Array
+    first_loss: jax.Array  # of the first batch; NaN before
+    last_loss: jax.Array  # the last that was finite
+    sums: Sums
+
+
+class Runner(NamedTuple):
+    """What a member keeps for itself and never changes.
+
+    data, validation: which of the data sets it trains on, and is scored on.
+    weights: (rows,) of the rows it drew for itself, or () where it takes the data's.
+    """
+
+    train_key: Key
+    validate_key: Key
+    data: Array
+    validation: Array
+    weights: Any
+
+
+class Rows(NamedTuple):
+    """Data sets on the device, one after another on the row axis; inputs and targets are None where they stream in."""
+
+    inputs: Any
+    targets: Any
+    weights: Array
+
+
+class Steps(NamedTuple):
+    """The batches of a block of steps; leaves have a leading step axis.
+
+    number: place in the epoch. index: row of the data set. padding: 0 where a row only fills up. inputs, targets: the
+    rows themselves where they stream in, else None.
+    """
+
+    number: Any
+    index: Any
+    padding: Any
+    inputs: Any = None
+    targets: Any = None
+
+
+def begin(plan: Plan, method: Method, key: Key, start: PyTree, alive: jax.Array, example: Batch) -> Carry:
+    """The carry before the first epoch; `example` is a batch of abstract rows, for the names in `update`'s info."""
+    state = method.init(key, start)
+    info = jax.eval_shape(lambda s, b, k: method.update(s, b, k)[1], state, example, key)
+    nan = jnp.array(jnp.nan, jnp.float32)
+    return Carry(
+        state=state,
+        best=state if plan.validation_rows else (),
+        best_score=jnp.array(jnp.inf, jnp.float32),
+        best_epoch=jnp.array(-1, jnp.int32),
+        status=jnp.where(alive, TRAINING, EXCLUDED).astype(jnp.int32),
+        stopped_epoch=jnp.where(alive, -1, 0).astype(jnp.int32),
+        updates=jnp.array(0, jnp.int32),
+        first_loss=nan,
+        last_loss=nan,
+        sums=_no_sums({name: jnp.zeros((), jnp.float32) for name in info}),
+    )
+
+
+def shuffle(plan: Plan, method: Method, runner: Runner, epoch: jax.Array) -> tuple[Steps, Key]:
+    """The batches of an epoch, and the key of its steps: both come from the epoch's number alone."""
+    order_key, step_key = jax.random.split(jax.random.fold_in(runner.train_key, epoch))
+    order = jax.random.permutation(order_key, plan.rows)
+    places = jnp.arange(plan.steps * plan.batch_size).reshape(plan.steps, plan.batch_size)
+    padding = (places < plan.rows).astype(jnp.float32)
+    return Steps(jnp.arange(plan.steps), order[places % plan.rows].astype(jnp.int32), padding), step_key
+
+
+def advance(plan: Plan, method: Method, carry: Carry, runner: Runner, steps: Steps, step_key: Key, rows: Rows) -> Carry:
+    """One update a batch for as long as the loss is finite; a member that has stopped makes none.
+
+    A loop with a condition, so that freezing costs a member nothing that trains.
+    """
+
+    def step(place, carry):
+        given = jax.tree.map(lambda x: x[place], steps)
+        batch = _batch(plan, runner, given, rows)
+        state, info = method.update(carry.state, batch, jax.random.fold_in(step_key, given.number))
+        info = {k: jnp.asarray(v, jnp.float32) for k, v in info.items()}
+        finite, seen = jnp.isfinite(info["loss"]), given.padding.sum()
+        sums = {k: carry.sums.info[k] + seen * info[k] for k in carry.sums.info}
+        return place + 1, carry._replace(
+            state=state,
+            status=jnp.where(finite, carry.status, LOSS_NOT_FINITE),
+            updates=carry.updates + finite,
+            first_loss=jnp.where(carry.updates == 0, info["loss"], carry.first_loss),
+            last_loss=jnp.where(finite, info["loss"], carry.last_loss),
+            sums=Sums(carry.sums.rows + seen, sums),
+        )
+
+    number = steps.number.shape[0]
+    goes_on = lambda at: (at[0] < number) & (at[1].status == TRAINING)
+    return jax.lax.while_loop(goes_on, lambda at: step(*at), (jnp.int32(0), carry))[1]
+
+
+def finish(
+    plan: Plan, method: Method, carry: Carry, runner: Runner, epoch: jax.Array, validation: Rows | None
+) -> tuple[Carry, dict[str, jax.Array]]:
+    """Ends an epoch: is the member sound, is it the best so far, does it go on? Also gives the epoch's info."""
+    trained = carry.sums.rows > 0
+    info = {k: total / carry.sums.rows for k, total in carry.sums.info.items()}  # 0 / 0 = NaN: it did not train
+    limit = EXPLODED * jnp.maximum(jnp.abs(carry.first_loss), LEAST_FIRST)
+    status = carry.status
+    for reason, wrong in ((LOSS_TOO_HIGH, info["loss"] > limit), (STATE_NOT_FINITE, ~_all_finite(carry.state))):
+        status = jnp.where((status == TRAINING) & wrong, reason, status)
+    if plan.validation_rows:
+        measure = lambda: _score(plan, method, carry.state, runner, validation)
+        score = jax.lax.cond(status == TRAINING, measure, lambda: jnp.array(jnp.nan, jnp.float32))
+        better = score < carry.best_score
+        best_epoch = jnp.where(better, epoch, carry.best_epoch)
+        if plan.patience is not None:
+            status = jnp.where((status == TRAINING) & (epoch - best_epoch >= plan.patience), STOPPED_EARLY, status)
+        carry = carry._replace(
+            best=jax.tree.map(lambda new, old: jnp.where(better, new, old), carry.state, carry.best),
+            best_score=jnp.where(better, score, carry.best_score),
+            best_epoch=best_epoch,
+        )
+        info["validation_score"] = score
+    stopped = (status != TRAINING) & (carry.stopped_epoch < 0)
+    carry = carry._replace(
+        status=status,
+        stopped_epoch=jnp.where(stopped, epoch, carry.stopped_epoch),
+        sums=_no_sums(carry.sums.info),
+    )
+    flags = {"trained": trained, "training": status == TRAINING, "alive": status <= STOPPED_EARLY}
+    return carry, {**info, **flags}
+
+
+def _batch(plan: Plan, runner: Runner, given: Steps, rows: Rows) -> Batch:
+    index = over_data(given.index)
+    place = index + runner.data * plan.rows
+    if given.inputs is None:
+        inputs, targets = (jax.tree.map(lambda x: x[place], part) for part in (rows.inputs, rows.targets))
+    else:
+        inputs, targets = given.inputs, given.targets
+    weights = rows.weights[place] if isinstance(runner.weights, tuple) else runner.weights[index]
+    padding = over_data(given.padding)
+    return Batch(inputs, targets, weights * padding * (plan.batch_size / padding.sum()), index)
+
+
+def _score(plan: Plan, method: Method, state: PyTree, runner: Runner, validation) -> jax.Array:
+    """The validation score, its sums added over chunks of rows."""
+    own = jax.tree.map(lambda x: x[runner.validation], validation)
+    size = min(plan.chunk_size, plan.validation_rows)
+
+    def measure(place):
+        index = over_data(place % plan.validation_rows)
+        inputs, targets, weights = own if size == plan.validation_rows else jax.tree.map(lambda x: x[index], own)
+        weights = weights * (place < plan.validation_rows)
+        return plan.score.measure(method.predict(state, inputs, runner.validate_key), targets, weights)
+
+    number = -(-plan.validation_rows // size)
+    places = jnp.arange(number * size).reshape(number, size)
+    first = measure(places[0])
+    if number > 1:
+        add = lambda total, place: (jax.tree.map(jnp.add, total, measure(place)), None)
+        first, _ = jax.lax.scan(add, first, places[1:])
+    return jnp.asarray(plan.score.compute(first), jnp.float32)
+
+
+def _no_sums(info) -> Sums:
+    return Sums(jnp.zeros((), jnp.float32), {k: jnp.zeros((), jnp.float32) for k in info})
+
+
+def _all_finite(state) -> jax.Array:
+    numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(x).all() for x in numbers]).all()

@@ -1,0 +1,109 @@
+"""A training on disk: what identifies it, and its carry and history as a tree that a checkpoint holds."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from bayescal.checkpoint import Checkpoint, Store, digest
+from bayescal.sharding import fetch, place, resize
+from bayescal.train.member import EXCLUDED, Carry
+
+
+class Resumable:
+    """Checkpoints of one training; a context that waits for the last save.
+
+    Args:
+        settings: folder or `Checkpoint`.
+        identity: what must be the same: plain values, and trees of arrays of which a digest is kept.
+        carry: abstract, as it is on the devices of this run.
+        program: text of an epoch's program, in which every number of network, loss and optimiser stands.
+        mesh: devices that the carry lives on.
+    """
+
+    def __init__(
+        self,
+        settings: str | Path | Checkpoint,
+        identity: dict[str, Any],
+        carry: Carry,
+        program: str,
+        mesh: Mesh | None,
+    ):
+        self.settings = settings if isinstance(settings, Checkpoint) else Checkpoint(settings)
+        plain = {k: v if _is_plain(v) else digest(v) for k, v in identity.items()}
+        self.mesh = mesh
+        self.devices = "1" if mesh is None else " x ".join(f"{n} {name}" for name, n in mesh.shape.items())
+        facts = {"devices": self.devices, "processes": jax.process_count()}
+        self.carry = carry
+        layout = [(jax.tree_util.keystr(p), x.shape[1:], str(x.dtype)) for p, x in jax.tree.leaves_with_path(carry)]
+        plain["state"] = hashlib.blake2b(str(layout).encode(), digest_size=12).hexdigest()
+        plain["program"] = hashlib.blake2b(program.encode(), digest_size=12).hexdigest()
+        self.store = Store(self.settings, plain, facts)
+
+    def __enter__(self):
+        self.store.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.store.__exit__(*exception)
+
+    def due(self, done: int, epochs: int) -> bool:
+        """Whether the carry after `done` epochs is to be saved."""
+        return done == epochs or done % self.settings.every == 0
+
+    def save(self, done: int, carry: Carry, history: list[dict]) -> None:
+        """Saves the carry and the history after `done` epochs, in the background."""
+        joined = {k: np.stack([h[k] for h in history]) for k in history[0]}
+        types = {k: [list(v.shape), str(v.dtype)] for k, v in joined.items()}
+        record = {"width": int(carry.status.shape[0]), "history": types, "devices": self.devices}
+        self.store.save(done, {"carry": carry, "history": joined}, record)
+
+    def resume(self, number: int) -> tuple[int, Carry, list[dict]] | None:
+        """Epochs done, carry and history of the newest sound checkpoint; None where there is none.
+
+        Args:
+            number: members that count; what is beyond them only fills up the devices.
+        """
+        width = self.carry.status.shape[0]
+        spread, whole = self._shardings()
+
+        def abstract(record):
+            same = record["width"] == width
+            resized = lambda x: jax.ShapeDtypeStruct(
+                (record["width"], *x.shape[1:]), x.dtype, sharding=spread if same else whole
+            )
+            history = {
+                k: jax.ShapeDtypeStruct(tuple(shape), np.dtype(kind), sharding=whole)
+                for k, (shape, kind) in record["history"].items()
+            }
+            return {"carry": jax.tree.map(resized, self.carry), "history": history}
+
+        found = self.store.resume(abstract)
+        if found is None:
+            return None
+        done, tree, record = found
+        history = jax.tree.map(np.asarray, fetch(tree["history"]))
+        restored = tree["carry"]
+        if record["width"] != width:
+            restored = resize(resize(fetch(restored), number), width)
+            status = np.where(np.arange(width) < number, np.asarray(restored.status), EXCLUDED)
+            restored = place(restored._replace(status=status), self.mesh, "member")
+            history = {k: v[:, np.minimum(np.arange(width), number - 1)] for k, v in history.items()}
+        return done, restored, [{k: v[i] for k, v in history.items()} for i in range(done)]
+
+    def _shardings(self):
+        if self.mesh is None:
+            here = SingleDeviceSharding(jax.local_devices()[0])
+            return here, here
+        return NamedSharding(self.mesh, PartitionSpec("member")), NamedSharding(self.mesh, PartitionSpec())
+
+
+def _is_plain(value) -> bool:
+    return value is None or (isinstance(value, (int, float, str, list)) and not _holds_arrays(value))
+
+
+def _holds_arrays(value) -> bool:
+    return any(hasattr(x, "dtype") for x in jax.tree.leaves(value))

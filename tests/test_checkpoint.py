@@ -1,0 +1,228 @@
+"""Nothing is lost: killed trainings, damaged checkpoints, other devices, other settings, saved states."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY
+from killed import EPOCHS, leaves, train
+from methods import blobs, pure_model
+
+import bayescal as bc
+
+CHILD = [sys.executable, str(REPOSITORY / "tests" / "killed.py")]
+
+
+def same(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def child(folder, devices, out, kill_after=None):
+    """Runs a training process, killed so many seconds after it begins; whether it got to its end."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_parallel_codegen_split_count=1"
+    command = [*CHILD, str(folder), str(devices), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": flags})
+    assert process.stdout.readline() == "begins\n"
+    try:
+        assert process.wait(kill_after) == 0
+        return True
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+
+
+def events(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def kill_once(folder, devices, out, lives, draw):
+    """Kills a training at a random moment of its life, lets another go on, and gives the epoch it went on from."""
+    while child(folder, devices, out, draw.uniform(0.2, 1.0) * lives):
+        shutil.rmtree(folder)  # it was too fast: another
+    assert child(folder, devices, out)
+    last = events(folder)[-1]
+    return last["epoch"] if last["event"] == "resumed" else 0
+
+
+def test_a_killed_training_resumes_to_the_same_bits(finished, tmp_path):
+    kill_once(tmp_path / "run", 2, tmp_path / "out.npz", lives=6.0, draw=random.Random(0))
+    same(np.load(tmp_path / "out.npz"), finished[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fifty_kills(tmp_path, devices):
+    """Twenty-five on one device, twenty-five on a mesh of two; every one ends with the bits of one never killed."""
+    assert child("none", devices, tmp_path / "whole.npz")  # compiles
+    began = time.perf_counter()
+    assert child(tmp_path / "timed", devices, tmp_path / "timed.npz")
+    lives, whole = time.perf_counter() - began, np.load(tmp_path / "whole.npz")
+    same(np.load(tmp_path / "timed.npz"), whole)
+    draw, resumed = random.Random(devices), []
+    for kill in range(25):
+        resumed.append(kill_once(tmp_path / f"{kill}", devices, tmp_path / "out.npz", lives, draw))
+        same(np.load(tmp_path / "out.npz"), whole)
+    print(f"{devices} devices: {len(resumed)} of 25 to the bit, resumed after epochs {sorted(resumed)}")
+    assert len(set(resumed)) > 3, "the moments must differ"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A training with all its checkpoints kept, its result, and the result of one without checkpoints."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    _, fitted = train(folder)
+    return folder, leaves(fitted), leaves(train(None)[1])
+
+
+def copied(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_saving_changes_nothing_and_a_finished_training_is_only_read(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    same(finished[1], finished[2])
+    _, again = train(folder)
+    same(leaves(again), finished[2])
+    assert again.seconds["epochs"] == 0
+    assert [e["event"] for e in events(folder)] == ["began", "resumed"] and events(folder)[-1]["epoch"] == EPOCHS
+    assert sorted(p.name for p in (folder / "steps").iterdir()) == ["11", "12"]
+    assert sorted(p.stem for p in (folder / "digests").iterdir()) in (["11", "12"], ["10", "11", "12"])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "no digests"])
+def test_a_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, damage):
+    folder = copied(finished, tmp_path)
+    files = sorted((folder / "steps" / "12").rglob("d/*"), key=lambda p: -p.stat().st_size)
+    content = bytearray(files[0].read_bytes())
+    if damage == "truncate":
+        files[0].write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        files[0].write_bytes(content)
+    elif damage == "delete":
+        files[0].unlink()
+    else:
+        (folder / "digests" / "12.json").write_text('{"fil')
+    with pytest.warns(UserWarning, match=r"Checkpoint 12 in .* is damaged .*the one before is used"):
+        _, fitted = train(folder)
+    same(leaves(fitted), finished[2])
+    assert [e["event"] for e in events(folder)] == ["began", "damaged checkpoint put aside", "resumed"]
+    assert events(folder)[-1]["epoch"] == 11 and len(list((folder / "damaged").iterdir())) == 1
+
+
+def test_all_checkpoints_damaged_begins_again(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    for step in (folder / "steps").iterdir():
+        next(p for p in step.rglob("d/*") if p.is_file()).write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"):
+        _, fitted = train(folder)
+    same(leaves(fitted), finished[2])
+
+
+def test_another_number_of_devices(finished, tmp_path):
+    """Saved on two devices, where three members were filled up to four; gone on with on one."""
+    folder = copied(finished, tmp_path)
+    shutil.rmtree(folder / "steps" / "12")
+    _, fitted = train(folder, bc.make_mesh(1))
+    assert fitted.seconds["epochs"] == 1
+    got = leaves(fitted)
+    for name in got:
+        if got[name].dtype.kind == "f":
+            np.testing.assert_allclose(got[name], finished[2][name], rtol=1e-5, err_msg=name)
+        else:
+            np.testing.assert_array_equal(got[name], finished[2][name], err_msg=name)
+    assert events(folder)[-1]["saved_on"] == "2 member x 1 data" and events(folder)[-1]["on"] == "1 member x 1 data"
+
+
+def quick(folder, key, learning_rate=0.1, config=None, data=None, network=None, **settings):
+    network = network or pure_model()
+    method = bc.map_estimate(network, bc.Categorical, optax.sgd(learning_rate))
+    settings = {"epochs": 2, "batch_size": 10, **settings}
+    checkpoint = bc.Checkpoint(folder, config=config or {})
+    return bc.fit(method, data or blobs(), key, checkpoint=checkpoint, progress=False, **settings)
+
+
+def test_a_changed_training_is_refused_by_the_names_that_differ(tmp_path, key):
+    quick(tmp_path, key, config={"width": 8})
+    changes = {
+        r"`batch_size` was 10, is 15; `epochs` was 2, is 3; `program`": {"epochs": 3, "batch_size": 15},
+        r"where `program` was \w+, is \w+\. Put": {"learning_rate": 0.2},
+        r"where `config.width` was 8, is 9\. Put": {"config": {"width": 9}},
+        r"where `config.width` was 8, is absent\. Put": {"config": None},
+        r"where `data` was \w+, is \w+\. Put": {"data": blobs()._replace(targets=np.roll(blobs().targets, 1))},
+        r"`state` was \w+, is \w+\. Put": {"network": bc.models.mlp(4, (3,), 3)},
+        r"`validation` was None, is \w+": {"validation": blobs()},
+        r"`execution` was None, is vmap": {"execution": "vmap"},
+    }
+    for message, change in changes.items():
+        with pytest.raises(ValueError, match=message):
+            quick(tmp_path, key, **{"config": {"width": 8}, **change})
+    with pytest.raises(ValueError, match=r"where `key` was .*\[0, 7\]\], is .*\[0, 8\]\]\. Put"):
+        quick(tmp_path, jax.random.key(8), config={"width": 8})
+    quick(tmp_path, key, config={"width": 8})
+
+
+def test_unusable_checkpoint_settings(tmp_path, key):
+    with pytest.raises(ValueError, match="`checkpoint` must have every >= 1 and keep >= 2, got 1 and 1"):
+        bc.fit(
+            bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(0.1)),
+            blobs(),
+            key,
+            epochs=1,
+            batch_size=10,
+            checkpoint=bc.Checkpoint(tmp_path, keep=1),
+        )
+    (tmp_path / "run.json").write_text('{"ident')
+    with pytest.raises(ValueError, match=r"run.json` must say what training is in this folder"):
+        quick(tmp_path, key)
+
+
+def test_a_saved_state_predicts_the_same_bits_in_a_new_process(finished, tmp_path, key):
+    method, fitted = train(None)
+    bc.save(tmp_path / "state", fitted.best)
+    bc.save(tmp_path / "state", fitted.state)  # replaces
+    pred = bc.predict(method, fitted.state, blobs().inputs, key)
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import jax, numpy as np, optax, bayescal as bc\nfrom methods import blobs\n"
+        "build = lambda rate: bc.map_estimate(bc.models.mlp(4, (8,), 3), bc.Categorical, optax.adam(rate))\n"
+        "method = bc.ensemble(build, settings=np.zeros(3, np.float32))\n"
+        "bc.use_all_cores(2)\n"
+        f"state = bc.load({str(tmp_path / 'state')!r}, method)\n"
+        "pred = bc.predict(method, state, blobs().inputs, jax.random.key(7))\n"
+        f"np.save({str(tmp_path / 'logits.npy')!r}, pred.logits)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), pred.logits)
+
+
+def test_save_and_load_any_pytree(tmp_path, key):
+    tree = {"pred": bc.Gaussian(jnp.ones((2, 3, 1)), jnp.full((2, 3, 1), 1.5)), "key": key}
+    bc.save(tmp_path / "a" / "b", tree)
+    back = bc.load(tmp_path / "a" / "b", jax.eval_shape(lambda: tree))
+    assert (back["pred"].variance == 1.5).all() and back["pred"].member_weights is None
+    assert (jax.random.key_data(back["key"]) == jax.random.key_data(key)).all()
+    with pytest.raises(ValueError, match="`like` must have the structure, shapes and types of what was saved"):
+        bc.load(tmp_path / "a" / "b", {"pred": jnp.zeros(2)})
+    with pytest.raises(FileNotFoundError, match=r"`folder` must be one that `bc\.save` wrote"):
+        bc.load(tmp_path / "nothing", tree)
+    file = max((tmp_path / "a" / "b").rglob("d/*"), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="must hold the files that were written, got 1 changed"):
+        bc.load(tmp_path / "a" / "b", tree)
+    with pytest.raises(FileNotFoundError, match=r"`folder` must be one that `bc\.save` wrote"):
+        bc.save(tmp_path / "a", tree)  # a folder with other things in it is never deleted

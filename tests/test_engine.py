@@ -1,0 +1,312 @@
+"""How members run: alone, side by side, over devices; frozen, stopped, resampled, repeated, streamed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods import blobs, curve, pure_model
+
+import bayescal as bc
+
+pytestmark = pytest.mark.core
+FORMS = {"map": ("map", 1), "vmap": ("vmap", 1), "groups": (2, 1), "mesh": ("map", 2)}
+
+
+def states(fitted):
+    return [np.asarray(x) for x in jax.tree.leaves(fitted.state.members)]
+
+
+def sgd(rate):
+    return bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(rate))
+
+
+def adam(rate):
+    return bc.map_estimate(pure_model(), bc.Categorical, optax.adam(rate))
+
+
+def run(build, rates, key, form="map", **settings):
+    execution, devices = FORMS[form]
+    method = bc.ensemble(build, settings=jnp.asarray(rates))
+    settings = {"epochs": 4, "batch_size": 10, **settings}
+    mesh = bc.make_mesh(devices)
+    return bc.fit(method, blobs(), key, execution=execution, mesh=mesh, progress=False, **settings)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("build", "reason"), [(sgd, None), (adam, "loss above 1000 x its first")])
+def test_a_member_that_diverges_is_frozen_and_the_others_do_not_notice(key, form, build, reason):
+    """At 1e6 sgd overflows or runs away, and Adam stays finite."""
+    healthy = run(build, [0.05, 0.05, 0.02], key, form)
+    sick = run(build, [0.05, 1e6, 0.02], key, form)
+    assert list(sick.members.alive) == [True, False, True] and healthy.members.alive.all()
+    assert sick.members.reason[1] == reason or reason is None
+    assert sick.members.stopped_epoch[1] == 0 and 0 < sick.members.stopped_step[1] <= 3
+    assert np.isfinite(sick.members.last_finite_loss).all()
+    assert sick.members.sentences()[0].startswith("member 1 diverged and weighs nothing: loss ")
+    for a, b in zip(states(healthy), states(sick), strict=True):
+        np.testing.assert_array_equal(a[[0, 2]], b[[0, 2]])
+    np.testing.assert_array_equal(healthy.history["loss"][:, [0, 2]], sick.history["loss"][:, [0, 2]])
+    assert not sick.history["alive"][:, 1].any() and np.isnan(sick.history["loss"][1:, 1]).all()
+    frozen = run(build, [0.05, 1e6, 0.02], key, form, epochs=1)
+    for a, b in zip(states(frozen), states(sick), strict=True):
+        np.testing.assert_array_equal(a[1], b[1], "a frozen member must stay as it is")
+
+
+def test_a_start_that_is_not_alive_stays_out(key):
+    method = bc.ensemble(sgd(0.05), 3)
+    start = method.init(key, None)._replace(alive=jnp.array([True, False, True]))
+    fitted = bc.fit(method, blobs(), key, epochs=2, batch_size=10, start=start, progress=False)
+    assert list(fitted.members.alive) == [True, False, True]
+    assert fitted.members.reason[1] == "not alive at the start" and fitted.members.stopped_step[1] == 0
+    np.testing.assert_array_equal(states(fitted)[0][1], jax.tree.leaves(start.members)[0][1])
+
+
+@pytest.mark.parametrize("form", ["vmap", "mesh", "groups"])
+def test_forms_agree_to_rounding(key, form):
+    """Two hundred steps; three members on two devices are filled up to four."""
+    one, other = (run(sgd, [0.05, 0.1, 0.02], key, f, epochs=67) for f in ("map", form))
+    assert one.members.stopped_step[0] == 201
+    for a, b in zip(states(one), states(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_shared_by_two_devices_give_the_same_parameters(key):
+    method = bc.ensemble(sgd(0.05), 2)
+    settings = dict(epochs=17, batch_size=10, progress=False)
+    one = bc.fit(method, blobs(), key, mesh=bc.make_mesh(1), **settings)
+    two = bc.fit(method, blobs(), key, mesh=bc.make_mesh(1, 2), **settings)
+    for a, b in zip(states(one), states(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_permuting_members_permutes_results_and_changes_nothing_else(key, form):
+    """Members that differ by their settings alone, from one start."""
+    start = bc.Variables({"w": 0.1 * jnp.ones((4, 3)), "b": jnp.zeros(3)})
+    full = dict(
+        batch_size=30, start=start
+    )  # one batch holds all rows, in an order that does not matter but to rounding
+    forth = run(sgd, [0.05, 0.1, 0.2, 0.3], key, form, **full)
+    back = run(sgd, [0.3, 0.2, 0.1, 0.05], key, form, **full)
+    for a, b in zip(states(forth), states(back), strict=True):
+        np.testing.assert_allclose(a, b[::-1], rtol=1e-5, atol=1e-6)
+
+
+def test_early_stopping_keeps_the_best_and_stops_each_member_by_itself(key):
+    """A rate that turns huge at step 12 (epoch 4) for one member; another never gets better than its first epoch."""
+    schedule = lambda s: lambda step: jnp.where(step < s["good"], s["rate"], s["then"])
+    build = lambda s: bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(schedule(s)))
+    good, rate, then = jnp.array([1000, 12]), jnp.array([0.1, 0.1]), jnp.array([0.1, -0.3])
+    method = bc.ensemble(build, settings={"good": good, "rate": rate, "then": then})
+    settings = dict(epochs=30, batch_size=10, validation=blobs(), progress=False)
+    fitted = bc.fit(method, blobs(), key, patience=3, **settings)
+    assert list(fitted.members.reason) == ["trained", "no better validation score"]
+    assert list(fitted.members.stopped_epoch) == [30, 6] and list(fitted.members.best_epoch) == [29, 3]
+    assert list(fitted.members.stopped_step) == [90, 21] and fitted.members.alive.all()
+    assert np.isnan(fitted.history["loss"][7:, 1]).all() and np.isfinite(fitted.history["loss"][:, 0]).all()
+    short = bc.fit(method, blobs(), key, **{**settings, "epochs": 4})
+    for whole, best in zip(states(short), jax.tree.leaves(fitted.best.members), strict=True):
+        np.testing.assert_array_equal(whole[1], best[1])
+    both = bc.fit(method, blobs(), key, patience=3, **{**settings, "score": bc.brier()})
+    assert both.members.best_epoch[1] == 3 and (both.history["validation_score"][:4] < 2).all()
+
+
+def test_training_ends_when_every_member_has_stopped(key):
+    method = bc.ensemble(sgd(-0.1), 2)  # it only gets worse
+    fitted = bc.fit(
+        method, blobs(), key, epochs=50, batch_size=10, validation=blobs(), patience=2, progress=False, checkpoint=None
+    )
+    assert fitted.history["loss"].shape == (3, 2) and fitted.seconds["epochs"] <= 5
+    assert list(fitted.members.best_epoch) == [0, 0] and list(fitted.members.stopped_epoch) == [2, 2]
+
+
+def test_validation_in_chunks(key, monkeypatch):
+    import sys
+
+    module = sys.modules["bayescal.train.fit"]
+    monkeypatch.setattr(module, "VALIDATION_ROWS", 7)
+    settings = dict(epochs=3, batch_size=10, validation=blobs(), progress=False)
+    chunked = bc.fit(sgd(0.1), blobs(), key, **settings)
+    monkeypatch.undo()
+    whole = bc.fit(sgd(0.1), blobs(), key, **settings)
+    np.testing.assert_allclose(chunked.history["validation_score"], whole.history["validation_score"], rtol=1e-5)
+
+
+def test_bootstrap_weights_are_repetition(key):
+    """A member with bootstrap weights is the method trained on the rows it drew, as often as it drew them."""
+    method = bc.ensemble(sgd(0.05), 2, resample=bc.bootstrap)
+    fitted = bc.fit(method, blobs(), key, epochs=5, batch_size=30, progress=False)
+    unseen = np.asarray(bc.out_of_bag(method, key, 30))
+    assert unseen.shape == (2, 30) and (unseen[0] != unseen[1]).any() and 0.1 < unseen.mean() < 0.6
+    from bayescal.methods.ensemble import member_keys
+    from bayescal.methods.resample import member_rows
+
+    counts = np.asarray(member_rows(bc.bootstrap, member_keys(key, 2), 30)).astype(int)
+    assert (counts.sum(1) == 30).all() and ((counts == 0) == unseen).all()
+    for m in range(2):
+        rows = np.repeat(np.arange(30), counts[m])
+        drawn = bc.Dataset(blobs().inputs[rows], blobs().targets[rows])
+        alone = jax.random.fold_in(key, m)
+        lone = bc.fit(sgd(0.05), drawn, alone, epochs=5, batch_size=30, progress=False)
+        np.testing.assert_allclose(states(fitted)[1][m], lone.state.variables.params["w"], rtol=1e-4, atol=1e-5)
+    pred = bc.predict(method, fitted.state, blobs().inputs, key)
+    weights = unseen.astype(np.float32) + 1e-9  # a row that all members saw would have no prediction
+    assert np.isfinite(bc.Categorical(pred.logits, weights).pooled_mean()).all()
+
+
+def test_bagging_keeps_a_share_of_the_rows(key, unchecked):
+    kept = bc.Subsample(0.5)(key, 31)
+    assert kept.sum() == 15 and set(np.unique(kept)) == {0, 1}
+    method = bc.ensemble(sgd(0.05), 2, resample=bc.Subsample(0.5))
+    assert (np.asarray(bc.out_of_bag(method, key, 30)).sum(1) == 15).all()
+    bc.fit(method, blobs(), key, epochs=1, batch_size=10, progress=False)
+    with pytest.raises(ValueError, match=r"`fraction` must lie in \(0, 1\], got 1.5"):
+        bc.Subsample(1.5)
+    with pytest.raises(ValueError, match="`fraction` must leave at least one of the 3 rows"):
+        bc.Subsample(0.1)(key, 3)
+    with pytest.raises(ValueError, match="`method` must be an ensemble with `resample`"):
+        bc.out_of_bag(bc.ensemble(sgd(0.05), 2), key, 30)
+    with pytest.raises(ValueError, match="`resample` must leave every member a row of positive weight"):
+        nothing = bc.ensemble(sgd(0.05), 2, resample=lambda key, rows: jnp.zeros(rows))
+        bc.fit(nothing, blobs(), key, epochs=1, batch_size=10, progress=False)
+
+
+def test_splits_by_members_by_weight_decays_are_one_program(key):
+    """20 splits x 5 members x 3 weight decays of a small regression, compiled once, each what a lone fit gives."""
+    traces = []
+    net = bc.models.mlp(4, (5,), 4)
+    base = net.train
+    net = net._replace(train=lambda *args: (traces.append(1), base(*args))[1])
+
+    def build(decay):
+        optimizer = optax.adamw(0.01, weight_decay=decay)
+        return bc.ensemble(bc.map_estimate(net, bc.heteroscedastic, optimizer), 5)
+
+    data, rng = curve(), np.random.default_rng(0)
+    splits = [rng.permutation(30)[:24] for _ in range(20)]
+    train = [bc.Dataset(data.inputs[rows], data.targets[rows]) for rows in splits]
+    grid = [(split, decay) for split in range(20) for decay in (0.0, 0.01, 0.1)]
+    study = bc.experiments(build, settings=jnp.array([decay for _, decay in grid]))
+    settings = dict(epochs=3, batch_size=8, progress=False)
+    fitted = bc.fit(study, [train[split] for split, _ in grid], key, **settings)
+    number = len(traces)
+    assert number <= 3, "the network's training pass must be traced for shapes and for one program"
+    bc.fit(study, [train[split] for split, _ in grid], jax.random.key(1), **settings)
+    assert len(traces) == number
+    assert fitted.history["loss"].shape == (3, 60, 5) and fitted.members.alive.shape == (60, 5)
+    pred = bc.predict(study, fitted.state, data.inputs, key, chunk_size=16)
+    assert pred.batch_shape == (60, 30) and pred.num_members == 5
+
+    e = 3 * 7 + 1  # the eighth split, the second weight decay
+    alone, lone_key = build(0.01), jax.random.fold_in(key, e)
+    lone = bc.fit(alone, train[7], lone_key, mesh=bc.make_mesh(2), **settings)
+    assert (lone.members.stopped_step == fitted.members.stopped_step[e]).all()
+    for a, b in zip(jax.tree.leaves(fitted.state.members), states(lone), strict=True):
+        np.testing.assert_allclose(a[e], b, rtol=1e-5, atol=1e-6)
+    own = bc.predict(alone, lone.state, data.inputs, lone_key)
+    np.testing.assert_allclose(bc.take(pred, e).mean, own.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(bc.take(pred, e).log_prob(data.targets), own.log_prob(data.targets), rtol=1e-3)
+    each = bc.predict(study, fitted.state, [data.inputs[splits[s]] for s, _ in grid], key)
+    np.testing.assert_allclose(each.mean[:, e], pred.mean[:, e][:, splits[7]], rtol=1e-5, atol=1e-6)
+
+
+def test_experiments_of_a_lone_method_with_folds_of_unequal_size(key):
+    data = blobs()
+    folds = [bc.Dataset(data.inputs[:20], data.targets[:20]), bc.Dataset(data.inputs[:15], data.targets[:15])]
+    study = bc.experiments(sgd(0.05), 2)
+    fitted = bc.fit(study, folds, key, epochs=3, batch_size=20, validation=folds, progress=False)
+    assert fitted.history["validation_score"].shape == (3, 2)
+    lone = bc.fit(sgd(0.05), folds[1], jax.random.fold_in(key, 1), epochs=3, batch_size=15, progress=False)
+    np.testing.assert_allclose(fitted.state.variables.params["w"][1], lone.state.variables.params["w"], rtol=1e-4)
+    again = bc.fit(study, folds, key, epochs=1, batch_size=20, start=fitted.state, progress=False)
+    assert (again.history["loss"] < fitted.history["loss"][0]).all()
+    assert bc.predict(study, again.state, data.inputs, None).batch_shape == (2, 30)
+
+
+def test_experiments_refuse(key, unchecked):
+    study = bc.experiments(sgd(0.05), 2)
+    with pytest.raises(ValueError, match="`data` must be a Dataset, or for a method of `experiments` a list"):
+        bc.fit(study, [blobs()] * 3, key, epochs=1, batch_size=10)
+    with pytest.raises(ValueError, match="`data` must be a Dataset, or for a method of `experiments` a list"):
+        bc.fit(sgd(0.05), [blobs()], key, epochs=1, batch_size=10)
+    with pytest.raises(ValueError, match="`inputs` must be a list of 2 arrays, one for each experiment, got 3"):
+        bc.predict(study, study.init(key, None), [blobs().inputs] * 3, key)
+    with pytest.raises(ValueError, match="`number` or `settings` must be given"):
+        bc.experiments(sgd(0.05))
+    for again in (lambda: bc.experiments(study, 2), lambda: bc.ensemble(study, 2)):
+        with pytest.raises(ValueError, match="`method` must be one without experiments"):
+            again()
+    nested = bc.experiments(lambda s: bc.experiments(sgd(s), 2), settings=jnp.ones(2))
+    with pytest.raises(ValueError, match="`method` must be one without experiments"):
+        bc.fit(nested, blobs(), key, epochs=1, batch_size=10, progress=False)
+
+
+def test_a_setting_that_is_branched_on_is_an_error_that_says_so(key):
+    def build(rate):
+        return bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(0.1 if rate > 0.5 else 0.2))
+
+    schedule = lambda s: bc.map_estimate(
+        pure_model(), bc.Categorical, optax.sgd(optax.warmup_cosine_decay_schedule(0.0, s, 5, 10))
+    )
+    for bad in (build, schedule):
+        method = bc.ensemble(bad, settings=jnp.array([0.1, 0.9]))
+        with pytest.raises(TypeError, match="`settings` must be used arithmetically, got a method that branches"):
+            bc.fit(method, blobs(), key, epochs=1, batch_size=10, progress=False)
+
+
+@pytest.mark.parametrize("stream", [1, 2, 9])
+def test_streaming_changes_nothing(key, stream):
+    method = bc.ensemble(sgd(0.05), 3)
+    settings = dict(epochs=2, batch_size=8, progress=False)
+    resident = bc.fit(method, blobs(), key, **settings)
+    streamed = bc.fit(method, blobs(), key, stream=stream, **settings)
+    for a, b in zip(states(resident), states(streamed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(resident.history["loss"], streamed.history["loss"], rtol=1e-5)
+
+
+def test_streaming_from_a_memory_map_and_what_does_not_fit(key, tmp_path, monkeypatch, unchecked):
+    data = blobs()
+    np.save(tmp_path / "x.npy", data.inputs)
+    mapped = bc.Dataset(np.load(tmp_path / "x.npy", mmap_mode="r"), data.targets)
+    settings = dict(epochs=2, batch_size=8, progress=False)
+    resident = bc.fit(sgd(0.05), data, key, **settings)
+    monkeypatch.setattr("bayescal.train.stream.device_budget", lambda: 100)  # bytes
+    streamed = bc.fit(sgd(0.05), mapped, key, **settings)
+    np.testing.assert_allclose(streamed.state.variables.params["w"], resident.state.variables.params["w"], rtol=1e-6)
+    with pytest.raises(ValueError, match="`stream` must be a whole number of steps of at least 1, or None, got 0"):
+        bc.fit(sgd(0.05), data, key, stream=0, **settings)
+
+
+def test_mesh_settings(unchecked):
+    with pytest.raises(ValueError, match="`member` x `data` must be between 1 and the 2 devices, got 3 x 1"):
+        bc.make_mesh(3)
+    assert dict(bc.make_mesh(data=2).shape) == {"member": 1, "data": 2}
+    assert bc.use_all_cores() == 2  # the tests have set two devices; nothing changes
+
+
+@pytest.mark.parametrize("patience", [0, 2.5, 3])
+def test_bad_patience(key, patience, unchecked):
+    validation = None if patience == 3 else blobs()
+    with pytest.raises(ValueError, match="`patience` must be a whole number of at least 1, with `validation`"):
+        bc.fit(sgd(0.1), blobs(), key, epochs=1, batch_size=10, validation=validation, patience=patience)
+
+
+def test_the_log_of_a_run_without_a_terminal(key, capsys, monkeypatch):
+    monkeypatch.setattr("bayescal.train.progress._TELL_EVERY", 0.0)
+    bc.fit(bc.ensemble(sgd(0.1), 2), blobs(), key, epochs=3, batch_size=10)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("memory per device, estimated: ")
+    assert [line.split("  ")[0] for line in told[1:]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert "updates/s  loss 0." in told[-1] or "updates/s  loss 1." in told[-1]
+
+
+def test_hyper_deep_ensemble_selects_among_settings(key):
+    """Candidates with their own learning rates, the best pool of three by validation NLL."""
+    method = bc.ensemble(sgd, settings=jnp.array([1e-4, 0.02, 0.1, 0.3]))
+    fitted = bc.fit(method, blobs(), key, epochs=8, batch_size=10, progress=False)
+    pred = bc.predict(method, fitted.state, blobs().inputs, key)
+    chosen = bc.fit_member_selection(pred, blobs().targets, num_members=3)
+    assert 0 not in np.asarray(chosen.order) and chosen.nll[-1] <= chosen.nll[0] + 1e-6
+    np.testing.assert_allclose(-chosen(pred).log_prob(blobs().targets).mean(), chosen.nll[-1], rtol=1e-5)
