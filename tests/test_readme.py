@@ -8,11 +8,13 @@ import pytest
 from conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+RUNNING = (REPOSITORY / "docs" / "running.md").read_text()
+BLOCKS = [block for page in (README, RUNNING) for block in re.findall(r"```python\n(.*?)```", page, flags=re.S)]
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_blocks_run(number):
+def test_blocks_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), {"__name__": "readme"})
 
 
@@ -21,7 +23,7 @@ def test_there_is_a_runnable_block():
 
 
 def test_files_named_in_the_readme_exist():
-    names = re.findall(r"[\w/]+\.(?:py|yaml|png)\b", README)
+    names = set(re.findall(r"[\w/]+\.(?:py|yaml|png|md)\b", README + RUNNING)) - {"train.py"}
     assert names
     for name in names:
         assert (REPOSITORY / name).exists() or name.startswith("runs/"), name
@@ -30,7 +32,7 @@ def test_files_named_in_the_readme_exist():
 def test_public_names_in_the_readme_exist():
     import bayescal as bc
 
-    for name in set(re.findall(r"\bbc\.([A-Za-z_]\w*)", README)):
+    for name in set(re.findall(r"\bbc\.([A-Za-z_]\w*)", README + RUNNING)):
         assert hasattr(bc, name), name
 
 

@@ -157,11 +157,12 @@ def fit(
                 identity |= {"data": data, "validation": validation, "stream": block}
                 saved = stack_.enter_context(Resumable(checkpoint, identity, carry, program, mesh))
             resumed = saved.resume(apart.number) if saved else None
-            first_epoch, carry, history = resumed or (0, run(begin, *begin_with), [])
+            done = resumed[0] if resumed else 0
             parts = 1 if block is None else -(-plan.steps // block)
-            line = stack_.enter_context(Progress(epochs, plan.steps * apart.number, first_epoch, progress, parts))
+            line = stack_.enter_context(Progress(epochs, plan.steps * apart.number, done, progress, parts))
             if memory is not None:
                 line.say(memory.sentence())
+            first_epoch, carry, history = resumed or (0, run(begin, *begin_with), [])
             seconds = {"first_epoch": 0.0, "later_epochs": 0.0, "epochs": 0}
             began = time.perf_counter()
             for epoch in range(first_epoch, epochs):
