@@ -103,6 +103,15 @@ def test_saving_changes_nothing_and_a_finished_training_is_only_read(finished, t
     assert sorted(p.stem for p in (folder / "digests").iterdir()) in (["11", "12"], ["10", "11", "12"])
 
 
+def test_a_training_that_ended_early_is_over_when_gone_on_with(tmp_path, key):
+    settings = dict(validation=blobs(), patience=2, learning_rate=-0.1, epochs=20)  # it only gets worse
+    fitted = quick(tmp_path, key, **settings)
+    again = quick(tmp_path, key, **settings)
+    assert again.seconds["epochs"] == 0
+    same(leaves(again), leaves(fitted))
+    assert again.history["loss"].shape == (3, 1)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "no digests"])
 def test_a_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, damage):
     folder = copied(finished, tmp_path)

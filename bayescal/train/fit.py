@@ -166,6 +166,9 @@ def fit(
             seconds = {"first_epoch": 0.0, "later_epochs": 0.0, "epochs": 0}
             began = time.perf_counter()
             for epoch in range(first_epoch, epochs):
+                before = history[-1:] if epoch == first_epoch else history[-2:-1]  # not to wait for the last one
+                if before and not _anyone_trains(before[0]):
+                    break
                 steps, step_keys = run(shuffle, (own,), (epoch,))
                 blocks = [steps] if block is None else stream_epoch(train, which, steps, block, mesh)
                 for number, part in enumerate(blocks, 1):
@@ -174,16 +177,15 @@ def fit(
                 carry, info = run(finish, (carry, own), (epoch, validation_rows))
                 history.append(info)
                 line.update(epoch + 1, info)
-                over = epoch > first_epoch and not _anyone_trains(history[-2])
-                if saved and (over or saved.due(epoch + 1, epochs)):
+                if saved and saved.due(epoch + 1):
                     history = [fetch_numpy(h) for h in history]
-                    saved.save(epoch + 1, carry, history)
+                    saved.save(carry, history)
                 if epoch == first_epoch:
                     jax.block_until_ready(carry)
                     seconds["first_epoch"] = time.perf_counter() - began
                 seconds["epochs"] += 1
-                if over:
-                    break
+            if saved:
+                saved.save(carry, [fetch_numpy(h) for h in history])
             jax.block_until_ready(carry)
             seconds["later_epochs"] = time.perf_counter() - began - seconds["first_epoch"]
     ensembled = len(apart.shape) == 2 or method.members is not None

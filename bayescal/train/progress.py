@@ -32,15 +32,20 @@ class Progress:
         self.began = self.last_told = time.perf_counter()
         if self.shown:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
             console = Console(stderr=True)
             if console.is_terminal or console.is_jupyter:
-                left = "left", TimeRemainingColumn(), "after", TimeElapsedColumn()
+                left = "left", TimeRemainingColumn()
                 name = TextColumn("{task.description}")
                 self.line = Bars(
-                    name, BarColumn(), MofNCompleteColumn(), *left, TextColumn("{task.fields[text]}"), console=console
+                    name,
+                    BarColumn(bar_width=16),
+                    MofNCompleteColumn(),
+                    *left,
+                    TextColumn("{task.fields[text]}"),
+                    console=console,
                 )
                 self.task = self.line.add_task("epoch", total=self.epochs, completed=self.first, text="compiling")
                 if self.blocks > 1:

@@ -37,7 +37,7 @@ class Resumable:
         self.mesh = mesh
         self.devices = "1" if mesh is None else " x ".join(f"{n} {name}" for name, n in mesh.shape.items())
         facts = {"devices": self.devices, "processes": jax.process_count()}
-        self.carry = carry
+        self.carry, self.saved = carry, 0
         layout = [(jax.tree_util.keystr(p), x.shape[1:], str(x.dtype)) for p, x in jax.tree.leaves_with_path(carry)]
         plain["state"] = hashlib.blake2b(str(layout).encode(), digest_size=12).hexdigest()
         plain["program"] = hashlib.blake2b(program.encode(), digest_size=12).hexdigest()
@@ -50,16 +50,19 @@ class Resumable:
     def __exit__(self, *exception):
         self.store.__exit__(*exception)
 
-    def due(self, done: int, epochs: int) -> bool:
-        """Whether the carry after `done` epochs is to be saved."""
-        return done == epochs or done % self.settings.every == 0
+    def due(self, done: int) -> bool:
+        """Whether the carry after `done` epochs is to be saved; the last one always is."""
+        return done % self.settings.every == 0
 
-    def save(self, done: int, carry: Carry, history: list[dict]) -> None:
-        """Saves the carry and the history after `done` epochs, in the background."""
+    def save(self, carry: Carry, history: list[dict]) -> None:
+        """Saves the carry and the history of all epochs so far in the background, unless they are saved already."""
+        if len(history) == self.saved:
+            return
+        self.saved = len(history)
         joined = {k: np.stack([h[k] for h in history]) for k in history[0]}
         types = {k: [list(v.shape), str(v.dtype)] for k, v in joined.items()}
         record = {"width": int(carry.status.shape[0]), "history": types, "devices": self.devices}
-        self.store.save(done, {"carry": carry, "history": joined}, record)
+        self.store.save(self.saved, {"carry": carry, "history": joined}, record)
 
     def resume(self, number: int) -> tuple[int, Carry, list[dict]] | None:
         """Epochs done, carry and history of the newest sound checkpoint; None where there is none.
@@ -85,6 +88,7 @@ class Resumable:
         if found is None:
             return None
         done, tree, record = found
+        self.saved = done
         history = jax.tree.map(np.asarray, fetch(tree["history"]))
         restored = tree["carry"]
         if record["width"] != width:
