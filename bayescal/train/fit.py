@@ -159,7 +159,7 @@ def fit(
             resumed = saved.resume(apart.number) if saved else None
             done = resumed[0] if resumed else 0
             parts = 1 if block is None else -(-plan.steps // block)
-            line = stack_.enter_context(Progress(epochs, plan.steps * apart.number, done, progress, parts))
+            line = stack_.enter_context(Progress(epochs, apart.number, plan.steps, done, progress, parts))
             if memory is not None:
                 line.say(memory.sentence())
             first_epoch, carry, history = resumed or (0, run(begin, *begin_with), [])

@@ -18,15 +18,16 @@ class Progress:
 
     Args:
         epochs: total number of epochs.
-        updates_per_epoch: updates of all members together.
+        members: how many; what is beyond them only fills up the devices.
+        updates_per_epoch: of each.
         done: epochs that an earlier process made.
         shown: False = nothing at all.
         blocks: parts of an epoch.
     """
 
-    def __init__(self, epochs: int, updates_per_epoch: int, done: int, shown: bool, blocks: int = 1):
-        self.epochs, self.updates_per_epoch, self.first, self.shown = epochs, updates_per_epoch, done, shown
-        self.blocks, self.line = blocks, None
+    def __init__(self, epochs: int, members: int, updates_per_epoch: int, done: int, shown: bool, blocks: int = 1):
+        self.epochs, self.members, self.first, self.shown = epochs, members, done, shown
+        self.updates_per_epoch, self.blocks, self.line = members * updates_per_epoch, blocks, None
 
     def __enter__(self):
         self.began = self.last_told = time.perf_counter()
@@ -71,7 +72,9 @@ class Progress:
         wait = _TELL_EVERY if self.line is None else _DRAW_EVERY
         if not self.shown or (now - self.last_told < wait and (done < self.epochs or self.line is None)):
             return
-        loss, alive, training = (fetch_numpy(info[k]) for k in ("loss", "alive", "training"))  # waits for the epoch
+        loss, alive, training = (
+            fetch_numpy(info[k])[: self.members] for k in ("loss", "alive", "training")
+        )  # waits for the epoch
         text = describe(loss, alive, training)
         spent = time.perf_counter() - self.began
         rate = (done - self.first) * self.updates_per_epoch / spent
