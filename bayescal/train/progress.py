@@ -72,10 +72,8 @@ class Progress:
         wait = _TELL_EVERY if self.line is None else _DRAW_EVERY
         if not self.shown or (now - self.last_told < wait and (done < self.epochs or self.line is None)):
             return
-        loss, alive, training = (
-            fetch_numpy(info[k])[: self.members] for k in ("loss", "alive", "training")
-        )  # waits for the epoch
-        text = describe(loss, alive, training)
+        read = lambda name: fetch_numpy(info[name])[: self.members]  # waits for the epoch
+        text = describe(read("loss"), read("alive"), read("training"))
         spent = time.perf_counter() - self.began
         rate = (done - self.first) * self.updates_per_epoch / spent
         text = f"{rate:,.0f} updates/s  {text}"
