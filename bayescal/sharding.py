@@ -183,17 +183,24 @@ def place(tree, mesh: Mesh | None, *spec: str | None):
 
 
 def fetch(tree) -> Any:
-    """Every leaf as a whole array on one device of this process, wherever its parts were."""
+    """Every leaf as a whole array on one device of this process, wherever its parts were.
+
+    With several processes all of them must call it together.
+    """
 
     def one(x):
         if not isinstance(x, jax.Array) or len(x.devices()) == 1:
             return x
         if x.is_fully_addressable:
-            return jax.device_put(x, sorted(x.devices(), key=lambda d: d.id)[0])
-        everywhere = jax.jit(lambda y: y, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))  # type: ignore
-        return everywhere(x).addressable_data(0)
+            return jax.device_put(x, min(x.devices(), key=lambda d: d.id))
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # pyright: ignore
+        return jax.jit(_same, out_shardings=everywhere)(x).addressable_data(0)
 
     return jax.tree.map(one, tree)
+
+
+def _same(x):
+    return x
 
 
 def fetch_numpy(tree) -> Any:

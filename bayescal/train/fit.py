@@ -166,9 +166,12 @@ def fit(
             seconds = {"first_epoch": 0.0, "later_epochs": 0.0, "epochs": 0}
             began = time.perf_counter()
             for epoch in range(first_epoch, epochs):
-                before = history[-1:] if epoch == first_epoch else history[-2:-1]  # not to wait for the last one
-                if before and not _anyone_trains(before[0]):
+                if epoch > first_epoch + 1:  # read the epoch before the last while the last one runs
+                    history[-2] = fetch_numpy(history[-2])
+                before = history[-1:] if epoch == first_epoch else history[-2:-1]
+                if before and not before[0]["training"].any():
                     break
+                line.update(epoch - (epoch > first_epoch), before)
                 steps, step_keys = run(shuffle, (own,), (epoch,))
                 blocks = [steps] if block is None else stream_epoch(train, which, steps, block, mesh)
                 for number, part in enumerate(blocks, 1):
@@ -176,16 +179,17 @@ def fit(
                     line.block(number)
                 carry, info = run(finish, (carry, own), (epoch, validation_rows))
                 history.append(info)
-                line.update(epoch + 1, info)
                 if saved and saved.due(epoch + 1):
-                    history = [fetch_numpy(h) for h in history]
+                    history = fetch_numpy(history)
                     saved.save(carry, history)
                 if epoch == first_epoch:
                     jax.block_until_ready(carry)
                     seconds["first_epoch"] = time.perf_counter() - began
                 seconds["epochs"] += 1
+            history = fetch_numpy(history)
+            line.update(len(history), history[-1:], over=True)
             if saved:
-                saved.save(carry, [fetch_numpy(h) for h in history])
+                saved.save(carry, history)
             jax.block_until_ready(carry)
             seconds["later_epochs"] = time.perf_counter() - began - seconds["first_epoch"]
     ensembled = len(apart.shape) == 2 or method.members is not None
@@ -215,11 +219,6 @@ def _branch_error(error: Exception, settings) -> Exception:
         "`bc.schedules.warmup_cosine` or `bc.models.dropout_layer`, or fix the value outside `settings`. "
         f"Where: {str(error).strip().splitlines()[0]}"
     )
-
-
-def _anyone_trains(info) -> bool:
-    """Whether any member went on after that epoch; waits for it, while the next one already runs."""
-    return bool(fetch_numpy(info["training"]).any())
 
 
 @jax.jit

@@ -5,8 +5,6 @@ import time
 
 import numpy as np
 
-from bayescal.sharding import fetch_numpy
-
 _DRAW_EVERY, _TELL_EVERY = 0.25, 10.0  # seconds
 
 
@@ -14,7 +12,7 @@ class Progress:
     """Epochs and, where an epoch comes in several blocks, its blocks; rate, time left, losses, who has stopped.
 
     On a terminal or in a notebook a line that is redrawn; elsewhere (a log, a batch job) a line of text every ten
-    seconds. Losses are fetched only then, so that training is not held up.
+    seconds.
 
     Args:
         epochs: total number of epochs.
@@ -66,14 +64,13 @@ class Progress:
         if self.line is not None and self.blocks > 1:
             self.line.update(self.inner, completed=done)
 
-    def update(self, done: int, info) -> None:
-        """Tells that `done` epochs are over; `info` holds device arrays (member,), fetched only when they are shown."""
+    def update(self, done: int, history: list[dict], over: bool = False) -> None:
+        """Tells that `done` epochs are over; `history` ends with numpy arrays (member,) of the last of them."""
         now = time.perf_counter()
         wait = _TELL_EVERY if self.line is None else _DRAW_EVERY
-        if not self.shown or (now - self.last_told < wait and (done < self.epochs or self.line is None)):
+        if not self.shown or done <= self.first or (now - self.last_told < wait and not (over and self.line)):
             return
-        read = lambda name: fetch_numpy(info[name])[: self.members]  # waits for the epoch
-        text = describe(read("loss"), read("alive"), read("training"))
+        text = describe(*(history[-1][k][: self.members] for k in ("loss", "alive", "training")))
         spent = time.perf_counter() - self.began
         rate = (done - self.first) * self.updates_per_epoch / spent
         text = f"{rate:,.0f} updates/s  {text}"
