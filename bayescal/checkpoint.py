@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayescal.config import versions
+from bayescal.sharding import agree, fetch, uncommitted
 from bayescal.types import Method, PyTree
 
 
@@ -64,6 +65,7 @@ class Store:
         self.identity = json.loads(json.dumps(self.identity, sort_keys=True, default=str))
         self.facts = {**facts, "versions": versions()}
         self.writes = jax.process_index() == 0
+        self.unchecked = ""
         self._check_same_run()
         self.manager = None
         self.saving = None
@@ -79,6 +81,12 @@ class Store:
     def _check_same_run(self) -> None:
         path = self.folder / "run.json"
         if not path.exists():
+            left = [name for name in ("steps", "digests") if (self.folder / name).exists()]
+            if left:
+                raise ValueError(
+                    f"`{path}` must say what training is in this folder, got none beside {' and '.join(left)}. Restore "
+                    "it, choose another folder, or delete this one."
+                )
             self.fresh = True
             return
         self.fresh = False
@@ -89,8 +97,14 @@ class Store:
                 f"`{path}` must say what training is in this folder, got a file that cannot be read ({error}). "
                 "Choose another folder, or delete this one."
             ) from None
-        same_program = all(before["facts"].get(k) == self.facts.get(k) for k in ("devices", "versions"))
-        keys = sorted({*before["identity"], *self.identity} - (set() if same_program else {"program"}))
+        changed = [k for k in _COMPILERS if before["facts"]["versions"].get(k) != self.facts["versions"].get(k)]
+        if changed:  # another version writes the same program in other words
+            self.unchecked = ", ".join(f"{k} was {before['facts']['versions'].get(k)}" for k in changed)
+            warnings.warn(
+                f"The program of the training in {self.folder} cannot be compared, since {self.unchecked}; all else is.",
+                stacklevel=5,
+            )
+        keys = sorted({*before["identity"], *self.identity} - ({"program"} if changed else set()))
         old, new = before["identity"], self.identity
         differing = [k for k in keys if old.get(k, _ABSENT) != new.get(k, _ABSENT)]
         if differing:
@@ -105,22 +119,29 @@ class Store:
     def resume(self, abstract: Callable[[dict], PyTree]) -> tuple[int, PyTree, dict] | None:
         """The newest sound checkpoint: epochs done, its tree, and its record; None where there is none.
 
-        A damaged one is put aside, warned of, and noted in the log; the one before is taken.
+        A damaged one is put aside, warned of, and noted in the log; the one before is taken. Damage is files that are
+        missing or not what was written; a disk that cannot be read is an error.
 
         Args:
             abstract: record -> tree of `jax.ShapeDtypeStruct` with shardings, as it shall come back.
         """
         self._note_start()
+        damaged = 0
         while True:
             epoch = self._newest()
+            if epoch is None and damaged:
+                warnings.warn(f"No sound checkpoint is left in {self.folder}; training begins again.", stacklevel=4)
+                self.log("began again")
             if epoch is None:
                 return None
             if damage := self._damage(epoch):
                 self._put_aside(epoch, damage)
+                damaged += 1
                 continue
             record = json.loads((self.folder / "digests" / f"{epoch}.json").read_text())["record"]
             tree = self._open().restore(epoch, args=_orbax().args.StandardRestore(abstract(record)))
-            self.log("resumed", epoch=epoch, saved_on=record.get("devices"), on=self.facts.get("devices"))
+            where = {"saved_on": record.get("devices"), "on": self.facts.get("devices")}
+            self.log("resumed", epoch=epoch, **where, **({"not_compared": self.unchecked} if self.unchecked else {}))
             return epoch, tree, record
 
     def save(self, epoch: int, tree: PyTree, record: Mapping[str, Any]) -> None:
@@ -168,7 +189,7 @@ class Store:
     def _newest(self) -> int | None:
         steps = self.folder / "steps"
         here = [int(p.name) for p in steps.iterdir() if p.name.isdigit()] if steps.exists() else []
-        newest = _agree(max(here, default=-1))
+        newest = agree(max(here, default=-1))
         return newest if newest >= 0 else None
 
     def _damage(self, epoch: int) -> str:
@@ -178,14 +199,14 @@ class Store:
             try:
                 written = json.loads((self.folder / "digests" / f"{epoch}.json").read_text())["files"]
                 check_digests(self.folder / "steps" / str(epoch), written)
-            except (OSError, ValueError, KeyError) as error:
+            except (FileNotFoundError, ValueError, KeyError) as error:
                 wrong = _short(error)
-        return wrong or "found by the first process" if _agree(bool(wrong)) else ""
+        return wrong or "found by the first process" if agree(bool(wrong)) else ""
 
     def _put_aside(self, epoch: int, damage: str) -> None:
         warnings.warn(
-            f"Checkpoint {epoch} in {self.folder} is damaged ({damage}); it is put into damaged/ and the one before is "
-            "used.",
+            f"Checkpoint {epoch} in {self.folder} is damaged ({damage}); it is put into damaged/, and the one before "
+            "is looked for.",
             stacklevel=5,
         )
         if self.writes:
@@ -193,41 +214,68 @@ class Store:
             target.parent.mkdir(exist_ok=True)
             (self.folder / "steps" / str(epoch)).rename(target)
         self.log("damaged checkpoint put aside", epoch=epoch, damage=damage)
-        _agree(0)  # the others look again only when it is gone
+        agree(0)  # the others look again only when it is gone
 
 
 def events(folder: str | Path) -> list[dict[str, Any]]:
     """The log of a training's folder in order: when it began, was resumed, or had a damaged checkpoint put aside."""
     path = Path(folder) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what has no end was cut short by a kill
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def facts(folder: str | Path) -> dict[str, Any]:
+    """What the training in a folder recorded beside its identity when it began; empty where there is none."""
+    path = Path(folder) / "run.json"
+    try:
+        return json.loads(path.read_text())["facts"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def save(folder: str | Path, state: PyTree) -> None:
-    """Saves a state, a calibrator, or any pytree of arrays; a folder that holds one already is replaced when done.
+    """Saves a state, a calibrator, or any pytree of arrays; one that the folder holds already is replaced at the end.
+
+    Killed at any moment it leaves the old or the new one, if need be as `FOLDER.old`, which the next `save` or `load`
+    puts back.
 
     Args:
         folder: to write; its parents are made.
         state: such as `Fit.state` or `Fit.best`; typed keys are kept.
+
+    Raises:
+        FileNotFoundError: for a folder that holds other things.
     """
     folder = Path(folder).absolute()
-    draft = folder.with_name(f"{folder.name}.draft")
-    if jax.process_index() == 0 and draft.exists():
-        shutil.rmtree(draft)
-    orbax = _orbax()
-    with orbax.StandardCheckpointer() as writer:
-        writer.save(draft / "state", state)
-        writer.wait_until_finished()
-    if jax.process_index() == 0:
-        _write(draft / "digests.json", {"files": digests(draft / "state"), "versions": versions()})
+    draft, old = folder.with_name(f"{folder.name}.draft"), folder.with_name(f"{folder.name}.old")
+    first = jax.process_index() == 0
+    if first:
+        _put_back(folder)
         if folder.exists():
             _require_saved(folder)
-            shutil.rmtree(folder)
+        shutil.rmtree(draft, ignore_errors=True)
+    agree(0)
+    with _orbax().StandardCheckpointer() as writer:
+        writer.save(draft / "state", state)
+        writer.wait_until_finished()
+    if first:
+        _write(draft / "digests.json", {"files": digests(draft / "state"), "versions": versions()})
+        if folder.exists():
+            folder.rename(old)
         draft.rename(folder)
-    _agree(0)
+        shutil.rmtree(old, ignore_errors=True)
+    agree(0)
+
+
+def _put_back(folder: Path) -> None:
+    """What a `save` that was killed between two renamings had put away."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 def load(folder: str | Path, like: Method | PyTree) -> PyTree:
-    """What `save` wrote, as arrays on the default device; predictions from it are the same to the bit.
+    """What `save` wrote, as arrays on the first device; predictions from it are the same to the bit.
 
     Args:
         folder: that `save` wrote.
@@ -238,16 +286,17 @@ def load(folder: str | Path, like: Method | PyTree) -> PyTree:
         ValueError: for files that were changed or cut short, or a structure that is another.
     """
     folder = Path(folder).absolute()
+    _put_back(folder)
     _require_saved(folder)
     check_digests(folder / "state", json.loads((folder / "digests.json").read_text())["files"])
     if isinstance(like, Method):
         init = like.init
         like = jax.eval_shape(lambda key: init(key, None), jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=here), like)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=here), like)
     with _orbax().StandardCheckpointer() as reader:
         try:
-            return reader.restore(folder / "state", wanted)
+            return uncommitted(reader.restore(folder / "state", wanted))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"`like` must have the structure, shapes and types of what was saved in {folder}, got another: {error} "
@@ -275,14 +324,16 @@ def check_digests(folder: Path, written: Mapping[str, str]) -> None:
 def digest(tree: PyTree) -> str:
     """One digest of every number of a pytree, with shapes and types: equal trees have equal digests."""
     total = hashlib.blake2b(digest_size=12)
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        host = np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+    for path, leaf in jax.tree.leaves_with_path(fetch(tree)):
+        typed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        host = np.asarray(jax.random.key_data(leaf) if typed else leaf)
         total.update(f"{jax.tree_util.keystr(path)} {host.shape} {host.dtype}".encode())
-        total.update(np.ascontiguousarray(host).data)
+        total.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 
 _ABSENT = "absent"
+_COMPILERS = ("python", "jax", "jaxlib", "flax", "optax", "numpyro", "bayescal")  # whose versions word a program
 
 
 def _is_mark(name: str) -> bool:
@@ -309,15 +360,6 @@ def _write(path: Path, value) -> None:
 def _short(value) -> str:
     words = " ".join(str(value).split())
     return words if len(words) < 120 else words[:117] + "..."
-
-
-def _agree(number: int) -> int:
-    """The first process's number, in all of them."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    return int(broadcast_one_to_all(np.int32(number)))
 
 
 def _orbax():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -26,9 +27,9 @@ def use_all_cores(number: int | None = None) -> int:
     Raises:
         RuntimeError: where jax has already started, with another number.
     """
-    flag = "xla_force_host_platform_device_count"
-    if flag in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices > 0:  # pyright: ignore
-        return jax.local_device_count("cpu")
+    flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if flag or jax.config.jax_num_cpu_devices > 0:  # pyright: ignore
+        return int(flag[1]) if flag else jax.config.jax_num_cpu_devices  # pyright: ignore
     cores = number or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
     try:
         jax.config.update("jax_num_cpu_devices", cores)
@@ -66,12 +67,23 @@ def make_mesh(member: int | None = None, data: int = 1, *, devices=None) -> Mesh
 
 
 def default_mesh(number: int) -> Mesh | None:
-    """The mesh of `jax.set_mesh` if there is one with a member axis; else as many devices as members, None for one."""
-    ambient = jax.sharding.get_mesh()
-    if "member" in ambient.axis_names:
-        return ambient
+    """As many devices as members, or all of all processes; None for one device."""
     width = len(jax.devices()) if jax.process_count() > 1 else min(len(jax.devices()), number)
     return make_mesh(width) if width > 1 else None
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Raises for a mesh without a member axis, and inside `jax.set_mesh`, whose mesh would be mixed with ours."""
+    if mesh is not None and (not isinstance(mesh, Mesh) or not {*mesh.axis_names} <= {"member", "data"}):
+        got = mesh.axis_names if isinstance(mesh, Mesh) else type(mesh).__name__
+        raise ValueError(
+            f"`mesh` must have the axes 'member' and 'data', got {got}. Make it with `bc.make_mesh(member, data)`."
+        )
+    if not jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            "`mesh` must be passed as an argument, got a call inside `jax.set_mesh`. Leave that context, and pass "
+            "`mesh=bc.make_mesh(...)`."
+        )
 
 
 def on(mesh: Mesh | None):
@@ -206,6 +218,28 @@ def _same(x):
 def fetch_numpy(tree) -> Any:
     """Every leaf as a numpy array, wherever its parts were."""
     return jax.tree.map(np.asarray, fetch(tree))
+
+
+def uncommitted(tree):
+    """The same values, free to move to whatever device they are used with."""
+
+    def one(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                jnp.asarray(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x)
+            )
+        return jnp.asarray(np.asarray(x))
+
+    return jax.tree.map(one, tree)
+
+
+def agree(number: int) -> int:
+    """The first process's number, in all of them; they wait for each other."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    return int(broadcast_one_to_all(np.int32(number)))
 
 
 def sum_over_processes(tree) -> Any:

@@ -123,10 +123,11 @@ class MemberReport(NamedTuple):
         for place in np.argwhere(self.reason != REASONS[0]):
             at = tuple(int(i) for i in place)
             name = " ".join(f"{word} {i}" for word, i in zip(("experiment", "member")[-len(at) :], at, strict=True))
-            end = "stopped early" if self.alive[at] else "diverged and weighs nothing"
+            end = "stopped early" if self.alive[at] else "diverged and weighs nothing in `state`"
+            kept = "" if self.best_epoch[at] < 0 else f"; its best is of epoch {self.best_epoch[at]}"
             told.append(
                 f"{name} {end}: {self.reason[at]} in epoch {self.stopped_epoch[at]}, after {self.stopped_step[at]} "
-                f"updates (last finite loss {self.last_finite_loss[at]:.3g})"
+                f"updates (last finite loss {self.last_finite_loss[at]:.3g}){kept}"
             )
         return told
 
@@ -177,12 +178,14 @@ class Metric(NamedTuple):
     compute: `sums -> value`; takes jax arrays (jit) as well as numpy float64 totals.
     interval: `sums -> (low, high)` at 95 %, where one is known in closed form.
     convention: what differs in the field (scale, bins, norm, closure), in words.
+    better: "lower" or "higher".
     """
 
     measure: Callable[[Any, Any, Any], PyTree]
     compute: Callable[[PyTree], Any]
     interval: Callable[[PyTree], tuple[Any, Any]] | None = None
     convention: str = ""
+    better: str = "lower"
 
 
 @dataclass_transform(frozen_default=True)

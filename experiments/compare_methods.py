@@ -275,8 +275,8 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
         )
     began = time.perf_counter()
     checkpoints = folder / "checkpoints"  # of trainings that are not over; gone when the run is
-    if config.fresh:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    for old in (folder / "checkpoints.over", *([checkpoints] if config.fresh else [])):
+        shutil.rmtree(old, ignore_errors=True)
     per_seed, comparisons, first, stopped, resumed = [], [], [], [], []
     methods: dict[str, bc.Method] = {}
     for seed in range(config.seed, config.seed + config.seeds):
@@ -305,7 +305,8 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
     save_json(folder / "metrics.json", result)
     (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
     write(folder, config, result, first[0], first[1], CONVENTIONS)
-    shutil.rmtree(checkpoints)
+    over = checkpoints.rename(folder / "checkpoints.over")  # at once: a kill in the midst must not leave half of it
+    shutil.rmtree(over)
     print_table(result)
     print(f"{folder / 'report.html'} ({time.perf_counter() - began:.0f} s)")
     return result

@@ -36,6 +36,7 @@ def main(out, devices, member, data, members, epochs, processes=1, rank=0, port=
     fitted = bc.fit(method, rows, jax.random.key(0), **settings)
     state = bc.sharding.fetch_numpy(fitted.state.members.variables.params)
     pred = bc.predict(method, fitted.state, rows.inputs, jax.random.key(1), mesh=mesh)
+    bc.save(f"{out}.state", fitted.state)
     half = slice(rank * 32, (rank + 1) * 32) if processes > 1 else slice(None)
     figures = bc.evaluate(bc.take(pred, half), rows.targets[half], {"nll": bc.nll()}, across_processes=processes > 1)
     if rank == 0:

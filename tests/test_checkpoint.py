@@ -29,12 +29,15 @@ def same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def child(folder, devices, out, kill_after=None):
-    """Runs a training process, killed so many seconds after it begins; whether it got to its end."""
+def child(folder, devices, out, kill_after=None, saved=False):
+    """Runs a training process, killed so many seconds after it begins, or after its first checkpoint is whole where
+    `saved`; whether it got to its end."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_parallel_codegen_split_count=1"
     command = [*CHILD, str(folder), str(devices), str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": flags})
     assert process.stdout.readline() == "begins\n"
+    while saved and process.poll() is None and not any(p.name.isdigit() for p in (Path(folder) / "steps").glob("*")):
+        time.sleep(0.005)
     try:
         assert process.wait(kill_after) == 0
         return True
@@ -58,8 +61,33 @@ def kill_once(folder, devices, out, lives, draw):
 
 
 def test_a_killed_training_resumes_to_the_same_bits(finished, tmp_path):
-    kill_once(tmp_path / "run", 2, tmp_path / "out.npz", lives=6.0, draw=random.Random(0))
-    same(np.load(tmp_path / "out.npz"), finished[2])
+    folder, out, draw = tmp_path / "run", tmp_path / "out.npz", random.Random(0)
+    while child(folder, 2, out, draw.uniform(0, 0.4), saved=True):
+        shutil.rmtree(folder)  # it was too fast: another
+    assert child(folder, 2, out)
+    assert events(folder)[-1]["event"] == "resumed" and 1 <= events(folder)[-1]["epoch"] < EPOCHS
+    same(np.load(out), finished[2])
+
+
+@pytest.mark.parametrize("moment", ["while digests are written", "before the checkpoint is visible"])
+def test_a_kill_in_the_midst_of_a_save(tmp_path, finished, moment):
+    """The process dies by itself, in the call that orbax makes when the files of epoch 5 are written."""
+    code = (
+        "import os, sys; sys.path.insert(0, 'tests')\n"
+        "from killed import *; from bayescal.checkpoint import Store; import bayescal.checkpoint as module\n"
+        "write, digests = Store._write_digests, module.digests\n"
+        "def dies(self):\n"
+        f"    early = self.saving[0] == 5 and {moment.startswith('while')}\n"
+        "    module.digests = (lambda folder: os._exit(9)) if early else digests\n"
+        "    write(self)\n"
+        "    if self.saving[0] == 5: os._exit(9)\n"
+        "Store._write_digests = dies\n"
+        f"train({str(tmp_path / 'run')!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 9
+    _, fitted = train(tmp_path / "run")
+    same(leaves(fitted), finished[2])
+    assert events(tmp_path / "run")[-1]["epoch"] == 4
 
 
 @pytest.mark.slow
@@ -126,7 +154,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, damage)
         files[0].unlink()
     else:
         (folder / "digests" / "12.json").write_text('{"fil')
-    with pytest.warns(UserWarning, match=r"Checkpoint 12 in .* is damaged .*the one before is used"):
+    with pytest.warns(UserWarning, match=r"Checkpoint 12 in .* is damaged .*the one before is looked for"):
         _, fitted = train(folder)
     same(leaves(fitted), finished[2])
     assert [e["event"] for e in events(folder)] == ["began", "damaged checkpoint put aside", "resumed"]
@@ -137,9 +165,10 @@ def test_all_checkpoints_damaged_begins_again(finished, tmp_path):
     folder = copied(finished, tmp_path)
     for step in (folder / "steps").iterdir():
         next(p for p in step.rglob("d/*") if p.is_file()).write_bytes(b"")
-    with pytest.warns(UserWarning, match="is damaged"):
+    with pytest.warns(UserWarning, match=r"is damaged|No sound checkpoint is left in .*training begins again"):
         _, fitted = train(folder)
     same(leaves(fitted), finished[2])
+    assert [e["event"] for e in events(folder)][-1] == "began again"
 
 
 def test_another_number_of_devices(finished, tmp_path):
@@ -185,6 +214,72 @@ def test_a_changed_training_is_refused_by_the_names_that_differ(tmp_path, key):
     quick(tmp_path, key, config={"width": 8})
 
 
+def test_what_decides_and_is_not_in_the_update_is_compared_too(tmp_path, key):
+    """A score of the same name, the draws of a prediction that is scored, rows drawn by an unnamed function."""
+    net = bc.models.mlp(4, (8,), 3, dropout=0.5)
+
+    def run(folder, method, **settings):
+        kept = {"epochs": 1, "batch_size": 10, "validation": blobs(), "progress": False, **settings}
+        return bc.fit(method, blobs(), key, checkpoint=tmp_path / folder, **kept)
+
+    dropout = lambda draws: bc.mc_dropout(net, bc.Categorical, optax.sgd(0.1), num_draws=draws)
+    run("draws", dropout(2))
+    with pytest.raises(ValueError, match=r"where `program` was"):
+        run("draws", dropout(5))
+    lone = bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(0.1))
+    run("score", lone, score=bc.nll())
+    negative = bc.nll()._replace(compute=lambda sums: -bc.nll().compute(sums))
+    with pytest.raises(ValueError, match=r"where `program` was"):
+        run("score", lone, score=negative)
+    run("rows", bc.ensemble(lone, 2, resample=lambda key, rows: bc.bootstrap(key, rows)))
+    with pytest.raises(ValueError, match=r"where `resample` was"):
+        run("rows", bc.ensemble(lone, 2, resample=lambda key, rows: jnp.ones(rows)))
+
+
+def test_another_device_count_still_compares_the_program(tmp_path, key):
+    def run(rate, devices):
+        method = bc.ensemble(bc.map_estimate(pure_model(), bc.Categorical, optax.sgd(rate)), 2)
+        mesh = bc.make_mesh(devices)
+        return bc.fit(method, blobs(), key, epochs=1, batch_size=10, checkpoint=tmp_path, mesh=mesh, progress=False)
+
+    run(0.1, 2)
+    with pytest.raises(ValueError, match=r"where `program` was"):
+        run(0.2, 1)
+    assert run(0.1, 1).seconds["epochs"] == 0
+
+
+def test_other_versions_are_said(tmp_path, key):
+    quick(tmp_path, key)
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["facts"]["versions"]["jax"], run["identity"]["program"] = "0.9.0", "another"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.warns(UserWarning, match=r"cannot be compared, since jax was 0\.9\.0"):
+        quick(tmp_path, key)
+    assert events(tmp_path)[-1]["not_compared"] == "jax was 0.9.0"
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"event": "resu')  # a kill while it was written
+    from bayescal.checkpoint import events as told
+
+    assert len(told(tmp_path)) == 2
+
+
+def test_forms_that_were_chosen_are_kept(tmp_path, key, monkeypatch):
+    """Less free memory when a run is gone on with must not change how it streams."""
+    quick(tmp_path, key, epochs=2)
+    monkeypatch.setattr("bayescal.train.stream.device_budget", lambda: 100)
+    assert quick(tmp_path, key, epochs=2).seconds["epochs"] == 0
+    assert json.loads((tmp_path / "run.json").read_text())["facts"]["forms"] == {"block": None, "execution": "map"}
+
+
+def test_data_on_another_device_and_in_bfloat16(tmp_path, key):
+    data = blobs()._replace(inputs=jnp.asarray(blobs().inputs, jnp.bfloat16))
+    quick(tmp_path / "half", key, data=data)
+    there = jax.device_put(blobs().inputs, jax.devices()[1])
+    quick(tmp_path / "there", key, data=blobs()._replace(inputs=there))
+    shutil.rmtree(tmp_path / "there" / "steps" / "2")
+    assert quick(tmp_path / "there", key, data=blobs()._replace(inputs=there)).seconds["epochs"] == 1
+
+
 def test_unusable_checkpoint_settings(tmp_path, key):
     with pytest.raises(ValueError, match="`checkpoint` must have every >= 1 and keep >= 2, got 1 and 1"):
         bc.fit(
@@ -198,6 +293,20 @@ def test_unusable_checkpoint_settings(tmp_path, key):
     (tmp_path / "run.json").write_text('{"ident')
     with pytest.raises(ValueError, match=r"run.json` must say what training is in this folder"):
         quick(tmp_path, key)
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "steps").mkdir()
+    with pytest.raises(ValueError, match=r"must say what training is in this folder, got none beside steps"):
+        quick(tmp_path, key)
+
+
+def test_a_save_that_was_killed_between_two_renamings(tmp_path):
+    bc.save(tmp_path / "a", {"x": jnp.ones(3)})
+    (tmp_path / "a").rename(tmp_path / "a.old")
+    assert (bc.load(tmp_path / "a", {"x": jnp.zeros(3)})["x"] == 1).all()
+    (tmp_path / "a").rename(tmp_path / "a.old")
+    bc.save(tmp_path / "a", {"x": 2 * jnp.ones(3)})
+    assert (bc.load(tmp_path / "a", {"x": jnp.zeros(3)})["x"] == 2).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_saved_state_predicts_the_same_bits_in_a_new_process(finished, tmp_path, key):

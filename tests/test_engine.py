@@ -1,5 +1,8 @@
 """How members run: alone, side by side, over devices; frozen, stopped, resampled, repeated, streamed."""
 
+import dataclasses
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,8 @@ import pytest
 from methods import blobs, curve, pure_model
 
 import bayescal as bc
+from bayescal.methods.ensemble import member_keys
+from bayescal.methods.resample import member_rows
 
 pytestmark = pytest.mark.core
 FORMS = {"map": ("map", 1), "vmap": ("vmap", 1), "groups": (2, 1), "mesh": ("map", 2)}
@@ -43,7 +48,7 @@ def test_a_member_that_diverges_is_frozen_and_the_others_do_not_notice(key, form
     assert sick.members.reason[1] == reason or reason is None
     assert sick.members.stopped_epoch[1] == 0 and 0 < sick.members.stopped_step[1] <= 3
     assert np.isfinite(sick.members.last_finite_loss).all()
-    assert sick.members.sentences()[0].startswith("member 1 diverged and weighs nothing: loss ")
+    assert sick.members.sentences()[0].startswith("member 1 diverged and weighs nothing in `state`: loss ")
     for a, b in zip(states(healthy), states(sick), strict=True):
         np.testing.assert_array_equal(a[[0, 2]], b[[0, 2]])
     np.testing.assert_array_equal(healthy.history["loss"][:, [0, 2]], sick.history["loss"][:, [0, 2]])
@@ -81,16 +86,16 @@ def test_rows_shared_by_two_devices_give_the_same_parameters(key):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_permuting_members_permutes_results_and_changes_nothing_else(key, form):
-    """Members that differ by their settings alone, from one start."""
-    start = bc.Variables({"w": 0.1 * jnp.ones((4, 3)), "b": jnp.zeros(3)})
-    full = dict(
-        batch_size=30, start=start
-    )  # one batch holds all rows, in an order that does not matter but to rounding
-    forth = run(sgd, [0.05, 0.1, 0.2, 0.3], key, form, **full)
-    back = run(sgd, [0.3, 0.2, 0.1, 0.05], key, form, **full)
+def test_permuting_members_permutes_results_and_changes_nothing_else(key, form, monkeypatch):
+    """Settings and keys in another order: on a mesh members change their devices too."""
+    rates, order = np.array([0.05, 0.1, 0.2, 0.3], np.float32), np.array([2, 0, 3, 1])
+    forth = run(sgd, rates, key, form)
+    module = sys.modules["bayescal.train.fit"]
+    monkeypatch.setattr(module, "runner_keys", lambda method, key: member_keys(key, 4)[order])
+    back = run(sgd, rates[order], key, form)
     for a, b in zip(states(forth), states(back), strict=True):
-        np.testing.assert_allclose(a, b[::-1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(a[order], b)
+    np.testing.assert_array_equal(forth.history["loss"][:, order], back.history["loss"])
 
 
 def test_early_stopping_keeps_the_best_and_stops_each_member_by_itself(key):
@@ -122,8 +127,6 @@ def test_training_ends_when_every_member_has_stopped(key):
 
 
 def test_validation_in_chunks(key, monkeypatch):
-    import sys
-
     module = sys.modules["bayescal.train.fit"]
     monkeypatch.setattr(module, "VALIDATION_ROWS", 7)
     settings = dict(epochs=3, batch_size=10, validation=blobs(), progress=False)
@@ -137,36 +140,57 @@ def test_bootstrap_weights_are_repetition(key):
     """A member with bootstrap weights is the method trained on the rows it drew, as often as it drew them."""
     method = bc.ensemble(sgd(0.05), 2, resample=bc.bootstrap)
     fitted = bc.fit(method, blobs(), key, epochs=5, batch_size=30, progress=False)
-    unseen = np.asarray(bc.out_of_bag(method, key, 30))
-    assert unseen.shape == (2, 30) and (unseen[0] != unseen[1]).any() and 0.1 < unseen.mean() < 0.6
-    from bayescal.methods.ensemble import member_keys
-    from bayescal.methods.resample import member_rows
-
     counts = np.asarray(member_rows(bc.bootstrap, member_keys(key, 2), 30)).astype(int)
-    assert (counts.sum(1) == 30).all() and ((counts == 0) == unseen).all()
+    assert (counts.sum(1) == 30).all() and (counts[0] != counts[1]).any() and 0.1 < (counts == 0).mean() < 0.6
     for m in range(2):
         rows = np.repeat(np.arange(30), counts[m])
         drawn = bc.Dataset(blobs().inputs[rows], blobs().targets[rows])
         alone = jax.random.fold_in(key, m)
         lone = bc.fit(sgd(0.05), drawn, alone, epochs=5, batch_size=30, progress=False)
         np.testing.assert_allclose(states(fitted)[1][m], lone.state.variables.params["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_out_of_bag_asks_those_who_never_saw_a_row(key):
+    """Of 12 members with two draws each, one of which diverged: it weighs nothing still."""
+    dropout = lambda rate: bc.mc_dropout(
+        bc.models.mlp(4, (8,), 3, dropout=0.2), bc.Categorical, optax.sgd(rate), num_draws=2
+    )
+    rates = jnp.full(12, 0.05).at[3].set(jnp.inf)
+    method = bc.ensemble(dropout, settings=rates, resample=bc.Subsample(0.5))
+    fitted = bc.fit(method, blobs(), key, epochs=2, batch_size=10, progress=False)
     pred = bc.predict(method, fitted.state, blobs().inputs, key)
-    weights = unseen.astype(np.float32) + 1e-9  # a row that all members saw would have no prediction
-    assert np.isfinite(bc.Categorical(pred.logits, weights).pooled_mean()).all()
+    own = bc.out_of_bag(pred, method, key)
+    weights = np.asarray(own.member_weights)
+    assert weights.shape == (24, 30) and (weights[6:8] == 0).all() and (weights[::2] == weights[1::2]).all()
+    assert ((weights > 0).sum(1)[[0, 2, 4]] == 15).all() and np.isfinite(own.log_prob(blobs().targets)).all()
+    lone = jnp.zeros(24).at[0].set(1.0)
+    with pytest.raises(ValueError, match="`pred` must have a member that never saw each row, got 15 rows"):
+        bc.out_of_bag(dataclasses.replace(pred, member_weights=lone), method, key)
+    study = bc.experiments(method, 2)
+    both = bc.fit(study, blobs(), key, epochs=1, batch_size=10, progress=False)
+    assert bc.out_of_bag(bc.predict(study, both.state, blobs().inputs, key), study, key).member_weights.shape == (
+        24,
+        2,
+        30,
+    )
 
 
 def test_bagging_keeps_a_share_of_the_rows(key, unchecked):
     kept = bc.Subsample(0.5)(key, 31)
     assert kept.sum() == 15 and set(np.unique(kept)) == {0, 1}
     method = bc.ensemble(sgd(0.05), 2, resample=bc.Subsample(0.5))
-    assert (np.asarray(bc.out_of_bag(method, key, 30)).sum(1) == 15).all()
-    bc.fit(method, blobs(), key, epochs=1, batch_size=10, progress=False)
+    fitted = bc.fit(method, blobs(), key, epochs=1, batch_size=10, progress=False)
+    folds = [blobs(), bc.Dataset(blobs().inputs[:6], blobs().targets[:6])]
+    bc.fit(bc.experiments(method, 2), folds, key, epochs=1, batch_size=6, progress=False)
     with pytest.raises(ValueError, match=r"`fraction` must lie in \(0, 1\], got 1.5"):
         bc.Subsample(1.5)
     with pytest.raises(ValueError, match="`fraction` must leave at least one of the 3 rows"):
         bc.Subsample(0.1)(key, 3)
     with pytest.raises(ValueError, match="`method` must be an ensemble with `resample`"):
-        bc.out_of_bag(bc.ensemble(sgd(0.05), 2), key, 30)
+        bc.out_of_bag(bc.predict(method, fitted.state, blobs().inputs, key), bc.ensemble(sgd(0.05), 2), key)
+    with pytest.raises(ValueError, match="`resample` must give one finite weight of at least 0"):
+        negative = bc.ensemble(sgd(0.05), 2, resample=lambda key, rows: -jnp.ones(rows))
+        bc.fit(negative, blobs(), key, epochs=1, batch_size=10, progress=False)
     with pytest.raises(ValueError, match="`resample` must leave every member a row of positive weight"):
         nothing = bc.ensemble(sgd(0.05), 2, resample=lambda key, rows: jnp.zeros(rows))
         bc.fit(nothing, blobs(), key, epochs=1, batch_size=10, progress=False)
@@ -311,3 +335,76 @@ def test_hyper_deep_ensemble_selects_among_settings(key):
     chosen = bc.fit_member_selection(pred, blobs().targets, num_members=3)
     assert 0 not in np.asarray(chosen.order) and chosen.nll[-1] <= chosen.nll[0] + 1e-6
     np.testing.assert_allclose(-chosen(pred).log_prob(blobs().targets).mean(), chosen.nll[-1], rtol=1e-5)
+
+
+def test_experiments_of_an_ensemble_with_settings(key):
+    """A hyper-deep ensemble over two splits, built before the experiments: settings as numpy or jax arrays."""
+    data = [blobs(), blobs()._replace(targets=np.roll(blobs().targets, 1))]
+    settings = dict(epochs=2, batch_size=10, progress=False)
+    for array in (np.asarray, jnp.asarray):
+        inner = bc.ensemble(sgd, settings=array([0.02, 0.1], dtype=np.float32))
+        fitted = bc.fit(bc.experiments(inner, 2), data, key, **settings)
+        lone = bc.fit(inner, data[1], jax.random.fold_in(key, 1), **settings)
+        for a, b in zip(states(fitted), states(lone), strict=True):
+            np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_start_with_other_members_is_an_error(key, unchecked):
+    one, three = bc.ensemble(sgd(0.05), 1), bc.ensemble(sgd(0.05), 3)
+    settings = dict(epochs=1, batch_size=10, progress=False)
+    for method, start in ((three, one), (one, three), (sgd(0.05), one), (bc.experiments(one, 2), three)):
+        with pytest.raises(ValueError, match="`start` must have members of shape"):
+            bc.fit(method, blobs(), key, start=start.init(key, None), **settings)
+
+
+def test_a_score_that_is_never_a_number_is_an_error(key):
+    nothing = bc.nll()._replace(compute=lambda sums: jnp.nan * sums.value)
+    settings = dict(epochs=2, batch_size=10, validation=blobs(), progress=False)
+    with pytest.raises(ValueError, match="`score` must be a number for at least one member and epoch"):
+        bc.fit(sgd(0.05), blobs(), key, score=nothing, **settings)
+
+
+def test_a_score_of_which_higher_is_better(key):
+    settings = dict(epochs=6, batch_size=10, validation=blobs(), progress=False)
+    fitted = bc.fit(sgd(0.02), blobs(), key, score=bc.accuracy(), **settings)
+    scores = fitted.history["validation_score"][:, 0]
+    assert fitted.members.best_epoch[0] == scores.argmax() and scores.argmax() > scores.argmin()
+
+
+@pytest.mark.parametrize("score", ["nll", None])
+def test_bad_score(key, score, unchecked):
+    given = {"score": bc.nll, "validation": blobs()} if score else {"score": bc.nll()}
+    with pytest.raises(ValueError, match="`score` must be a Metric such as"):
+        bc.fit(sgd(0.1), blobs(), key, epochs=1, batch_size=10, **given)
+
+
+def test_an_optimiser_may_keep_an_infinity(key):
+    keeps = optax.GradientTransformation(
+        lambda params: jnp.inf, lambda g, s, p=None: (jax.tree.map(lambda x: -0.1 * x, g), s)
+    )
+    method = bc.map_estimate(pure_model(), bc.Categorical, keeps)
+    assert bc.fit(method, blobs(), key, epochs=2, batch_size=10, progress=False).members.alive.all()
+
+
+def test_a_mesh_is_an_argument(key, unchecked):
+    settings = dict(epochs=1, batch_size=10, progress=False)
+    with jax.set_mesh(bc.make_mesh(2)), pytest.raises(ValueError, match=r"`mesh` must be passed as an argument"):
+        bc.fit(sgd(0.1), blobs(), key, **settings)
+    with pytest.raises(ValueError, match=r"`mesh` must have the axes 'member' and 'data', got \('batch',\)"):
+        bc.fit(sgd(0.1), blobs(), key, mesh=jax.make_mesh((2,), ("batch",)), **settings)
+
+
+def test_streaming_rows_that_do_not_divide_the_devices(key):
+    settings = dict(epochs=1, batch_size=9, progress=False)
+    one = bc.fit(bc.ensemble(sgd(0.1), 2), blobs(), key, mesh=bc.make_mesh(1), **settings)
+    two = bc.fit(bc.ensemble(sgd(0.1), 2), blobs(), key, mesh=bc.make_mesh(1, 2), stream=2, **settings)
+    np.testing.assert_allclose(states(one)[1], states(two)[1], rtol=1e-5, atol=1e-6)
+
+
+def test_one_experiment_at_a_time_is_evaluated(key, unchecked):
+    study = bc.experiments(sgd(0.1), 2)
+    fitted = bc.fit(study, blobs(), key, epochs=1, batch_size=10, progress=False)
+    pred = bc.predict(study, fitted.state, blobs().inputs, key)
+    with pytest.raises(ValueError, match=r"Of experiments take one at a time: `bc\.take\(pred, e\)`"):
+        bc.evaluate(pred, blobs().targets, {"nll": bc.nll()})
+    assert bc.evaluate(bc.take(pred, 1), blobs().targets, {"nll": bc.nll()})["nll"].n == 30

@@ -35,7 +35,12 @@ FLOORS = {
     "__main__": "6",
 }
 ONLY_IN = {"matplotlib": ("plots",), "numpyro": ("methods",), "flax": ("models",), "sklearn": ("data", "calibrate")}
-PEERS = {("testing", "train"), ("checkpoint", "config"), ("memory", "liveness")}  # on one floor, one way
+PEERS = {
+    ("testing", "train"),
+    ("checkpoint", "config"),
+    ("checkpoint", "sharding"),
+    ("memory", "liveness"),
+}  # on one floor, one way
 
 
 def imports():

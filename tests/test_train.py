@@ -200,7 +200,7 @@ def test_a_diverged_member_is_reported_and_does_not_count(key):
     assert fitted.members.reason[1] == "loss not finite" and np.isfinite(fitted.members.last_finite_loss[1])
     assert not fitted.history["alive"][:, 1].any() and not np.isfinite(fitted.history["loss"][:, 1]).any()
     (sentence,) = fitted.members.sentences()
-    assert "member 1 diverged and weighs nothing: loss not finite in epoch 0, after 1 updates" in sentence
+    assert "member 1 diverged and weighs nothing in `state`: loss not finite in epoch 0, after 1 updates" in sentence
     pred = bc.predict(both, fitted.state, data.inputs, key)
     healthy = bc.fit(
         bc.ensemble(build, settings=jnp.array([0.05, 0.05])), data, key, epochs=3, batch_size=10, progress=False

@@ -1,6 +1,5 @@
 """Ensembles of any method: the combinator that adds a member axis."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -11,14 +10,20 @@ from bayescal.sharding import run_members
 from bayescal.types import EnsembleState, Key, Members, Method, PyTree
 
 
-@dataclasses.dataclass(frozen=True)
 class Always:
-    """`settings -> method` for members that differ by their key alone; equal for equal methods, so jit keeps its cache."""
+    """`settings -> method` for members that differ by their key alone; equal for the same method, so jit keeps its cache."""
 
-    method: Method
+    def __init__(self, method: Method):
+        self.method = method
 
     def __call__(self, settings) -> Method:
         return self.method
+
+    def __eq__(self, other):
+        return isinstance(other, Always) and self.method is other.method
+
+    def __hash__(self):
+        return hash((Always, id(self.method)))
 
 
 def member_keys(key: Key, number: int) -> jax.Array:
@@ -39,12 +44,26 @@ def init(key: Key, start: PyTree | None, members: Members) -> EnsembleState:
 
 
 def member_start(start: PyTree | None, number: int) -> PyTree | None:
-    """`start` with a leading member axis: an ensemble's own member states, or one start repeated for all."""
+    """`start` with a leading member axis: an ensemble's own member states, or one start repeated for all.
+
+    Raises:
+        ValueError: for the state of an ensemble with another number of members.
+    """
     if start is None:
         return None
     if isinstance(start, EnsembleState):
+        check_start(start, (number,))
         return start.members
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *jnp.shape(x))), start)
+
+
+def check_start(start: EnsembleState, shape: tuple[int, ...]) -> None:
+    """Raises unless the state of an ensemble has that many members (of that many experiments)."""
+    if jnp.shape(start.alive) != shape:
+        raise ValueError(
+            f"`start` must have members of shape {shape}, got the state of an ensemble with {jnp.shape(start.alive)}. "
+            "Pass a state of the same ensemble, or one network for all."
+        )
 
 
 def update(state: EnsembleState, batch, key: Key, members: Members):
@@ -85,7 +104,7 @@ def ensemble(
         method: the method to repeat; or, with `settings`, a function from one member's settings to its method.
         num_members: how many.
         settings: pytree of arrays whose leading axis is the member: learning rates, weight decays, ... Each must be
-            used arithmetically; a Python branch on one is an error that names it.
+            used arithmetically; a Python branch on one is an error that says what to do.
         resample: `(key, rows) -> (rows,)` weights that each member draws for the rows of its training data, such as
             `bootstrap` or `Subsample(0.8)`; None = all members see all rows.
 

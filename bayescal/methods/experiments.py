@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bayescal.methods.ensemble import Always, as_members, member_keys, member_start
+from bayescal.methods.ensemble import Always, as_members, check_start, member_keys, member_start
 from bayescal.predictive import stack_experiments
 from bayescal.sharding import run_members
-from bayescal.types import EnsembleState, Key, Members, Method, PyTree
+from bayescal.types import EnsembleState, Key, Members, Method, PyTree, Variables
 
 
 class Runners(NamedTuple):
@@ -44,7 +44,7 @@ class _OneOf:
         inner = self.build(own)
         if inner.members is None:
             return inner
-        return inner.members.build(jax.tree.map(lambda x: x[member], inner.members.settings))
+        return inner.members.build(jax.tree.map(lambda x: jnp.asarray(x)[member], inner.members.settings))
 
 
 def runners(method: Method) -> Runners:
@@ -73,16 +73,20 @@ def runner_keys(method: Method, key: Key) -> Key:
 
 
 def runner_start(method: Method, start: PyTree | None) -> PyTree | None:
-    """`start` with a leading runner axis: one network for all, or the state that an earlier fit of it left."""
-    if method.experiments is None or start is None:
-        return member_start(start, runners(method).number)
+    """`start` with a leading runner axis: one network for all, or the state that an earlier fit of it left.
+
+    Raises:
+        ValueError: for a state with other members or experiments.
+    """
     shape = runners(method).shape
-    if isinstance(start, EnsembleState) and len(shape) == 2 and jnp.shape(start.alive) == shape:
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), start.members)
-    leaves = jax.tree.leaves(start)
-    if len(shape) == 1 and leaves and all(jnp.shape(x)[:1] == shape for x in leaves):
+    if isinstance(start, EnsembleState):
+        ensembled = method.members is not None or len(shape) == 2
+        check_start(start, shape if ensembled else ())
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), start.members)
+    of_all = method.experiments is not None and len(shape) == 1 and not isinstance(start, Variables)
+    if of_all and start is not None and all(jnp.shape(x)[:1] == shape for x in jax.tree.leaves(start)):
         return start
-    return member_start(start, int(np.prod(shape)))
+    return member_start(start, runners(method).number)
 
 
 def experiments(
@@ -96,7 +100,9 @@ def experiments(
     `fit` takes a list with each experiment's data (or one data set for all) and gives experiment e what a lone `fit`
     would with the key `fold_in(key, e)`; states, history and report gain a leading experiment axis. `predict` takes a
     list of inputs (or one for all) and keeps the axis as the first batch axis: (member, experiment, rows, ...);
-    `bc.take(pred, e)` is one experiment's predictive.
+    `bc.take(pred, e)` is one experiment's predictive. Data sets of unequal size are filled up to the longest with rows
+    of weight 0, so that their experiments make as many updates an epoch as the longest does. An experiment all of whose
+    members diverged predicts NaN; the report names them.
 
     Args:
         method: the method to repeat; or, with `settings`, a function from one experiment's settings to its method.

@@ -4,8 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+import numpy as np
+from jaxtyping import Float
 
+from bayescal.methods.experiments import runner_keys, runners
+from bayescal.predictive import Predictive
 from bayescal.types import Array, Key, Method
 
 _RESAMPLE = 0x52534D50  # folded into a member's key, so that its weights share no stream with its training
@@ -52,25 +55,34 @@ def member_rows(resample, keys: Key, rows: int) -> Float[Array, "member rows"]:
     return jax.vmap(lambda key: resample(jax.random.fold_in(key, _RESAMPLE), rows))(keys)
 
 
-def out_of_bag(method: Method, key: Key, rows: int) -> Bool[Array, "member rows"]:
-    """Which rows each member never saw, for the key and the number of rows that `fit` had.
+def out_of_bag(pred: Predictive, method: Method, key: Key) -> Predictive:
+    """The predictive of training rows by those members alone that never saw them: an estimate on unseen data for free.
 
-    As `member_weights` of the predictive on the training rows they give the out-of-bag prediction:
-    `dataclasses.replace(pred, member_weights=out_of_bag(method, key, rows).astype(float))`.
+    Members that weigh nothing, since they diverged, go on weighing nothing.
 
     Args:
-        method: an ensemble with `resample`.
+        pred: of the very rows that `fit` had, in their order: batch shape (rows,), or (experiment, rows).
+        method: what was trained: an ensemble with `resample`, or experiments of one whose data sets are of one size.
         key: the key of `fit`.
-        rows: rows of the data that `fit` had.
 
     Raises:
-        ValueError: for a method whose members draw no weights.
+        ValueError: for a method whose members draw no weights, and where some rows were seen by every member.
+    Source: Breiman 1996 (out-of-bag estimation).
     """
-    from bayescal.methods.ensemble import member_keys
-
-    if method.members is None or method.members.resample is None:
+    apart = runners(method)
+    if apart.resample is None:
         raise ValueError(
             "`method` must be an ensemble with `resample`, got one whose members see all rows. "
             "Build it with `ensemble(..., resample=bootstrap)`."
         )
-    return member_rows(method.members.resample, member_keys(key, method.members.number), rows) == 0
+    rows, members = pred.batch_shape[-1], apart.shape[-1]
+    unseen = member_rows(apart.resample, runner_keys(method, key), rows).reshape(*apart.shape, rows) == 0
+    unseen = jnp.repeat(jnp.moveaxis(unseen, -2, 0), pred.num_members // members, axis=0)  # draws beside their member
+    weights = pred.weights() * unseen
+    nobody = np.asarray(weights.sum(0) == 0)
+    if nobody.any():
+        raise ValueError(
+            f"`pred` must have a member that never saw each row, got {int(nobody.sum())} rows that all (alive) members "
+            f"saw, first {tuple(int(i) for i in np.argwhere(nobody)[0])}. Train more members, or take those rows out."
+        )
+    return dataclasses.replace(pred, member_weights=weights)

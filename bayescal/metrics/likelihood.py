@@ -78,7 +78,7 @@ def accuracy() -> Metric:
     def interval(sums):
         return wilson_interval(sums.value / sums.weight, sums.effective_rows())
 
-    return mean_metric(score, "argmax of the pooled probabilities", interval)
+    return mean_metric(score, "argmax of the pooled probabilities", interval)._replace(better="higher")
 
 
 @cache

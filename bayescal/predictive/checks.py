@@ -16,7 +16,11 @@ def check_rows(pred: Predictive, targets, weights) -> None:
         raise ValueError(
             f"`pred` must have batch shape {targets.shape[:1]} like `targets`, got {pred.batch_shape} from leaves "
             f"{[tuple(x.shape) for x in jax.tree.leaves(pred)]}, member axis first. "
-            "For one network add the member axis: `logits[None]`."
+            + (
+                "Of experiments take one at a time: `bc.take(pred, e)`."
+                if len(pred.batch_shape) == 2
+                else "For one network add the member axis: `logits[None]`."
+            )
         )
     pred.check_targets(targets)
     check_predictive(pred)

@@ -2,23 +2,21 @@
 
 import contextlib
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bayescal.checkpoint import Checkpoint
-from bayescal.liveness import tree_bytes
-from bayescal.memory import Memory, device_budget, member_chunk, training_memory
+from bayescal.checkpoint import Checkpoint, facts
 from bayescal.methods.experiments import Runners, runner_keys, runner_start, runners
 from bayescal.metrics import nll
 from bayescal.sharding import (
     Execution,
-    default_execution,
+    check_mesh,
     default_mesh,
     fetch_numpy,
     on,
@@ -27,23 +25,15 @@ from bayescal.sharding import (
     round_up,
     run_members,
 )
-from bayescal.train.member import Plan, Runner, Steps, advance, begin, finish, shuffle
+from bayescal.train.forms import choose
+from bayescal.train.member import Plan, Runner, advance, begin, finish, shuffle
 from bayescal.train.predict import check_state
 from bayescal.train.progress import Progress
 from bayescal.train.result import result
 from bayescal.train.resume import Resumable
 from bayescal.train.rows import Stacked, check_schedule, own_weights, separate, stack
-from bayescal.train.stream import block_steps, resident, stream_epoch
-from bayescal.types import (
-    Batch,
-    Dataset,
-    EnsembleState,
-    Fit,
-    Key,
-    Method,
-    Metric,
-    PyTree,
-)
+from bayescal.train.stream import resident, stream_epoch
+from bayescal.types import Batch, Dataset, EnsembleState, Fit, Key, Method, Metric, PyTree
 
 # Words folded into a member's key, one a purpose, so that no two uses share a stream: users fold in small numbers.
 _INIT, _TRAIN, _VALIDATE = 0x494E4954, 0x54524149, 0x56414C49
@@ -72,8 +62,8 @@ def fit(
     Member m of an ensemble trains as the lone method would with the key `fold_in(key, m)`; its epoch e shuffles with
     a key folded with e. The last batch of an epoch is filled up with other rows at weight 0: they add nothing to the
     loss, but batch norm's statistics do see them. A member whose loss or state stops being finite, or whose mean loss
-    of an epoch exceeds 1000 times that of its first batch, is frozen there, reported, and weighs nothing in
-    predictions; the others do not notice.
+    of an epoch exceeds 1000 times that of its first batch (taken as 0.01 where it is nearer to zero), is frozen there,
+    reported, and weighs nothing in predictions; the others do not notice.
 
     Args:
         method: what to train.
@@ -85,7 +75,7 @@ def fit(
         batch_size: rows an update, on all devices together, from 1 to the number of rows.
         validation: rows to score after every epoch: `validation_score` in the history (each member by itself, the same
             draws every epoch), and the state of each member's best epoch as `Fit.best`.
-        score: of validation, lower = better; None = `nll()`, nats per example.
+        score: metric of the validation rows, by its own direction (`Metric.better`); None = `nll()`.
         patience: epochs without a better validation score after which a member stops; None = never.
         start: passed to the method's `init`: `Variables` or a trained state (`fitted.state`); for an ensemble its own
             state, or one start for all members.
@@ -110,90 +100,90 @@ def fit(
     train, held_out = _stack_both(data, validation, method)
     check_schedule(epochs, batch_size, train.rows)
     check_state("start", start)
-    _check_patience(patience, validation)
+    check_mesh(mesh)
+    _check_control(score, patience, validation)
     mesh = mesh or default_mesh(apart.number)
-    keys, starts = runner_keys(method, key), runner_start(method, start)
     plan = Plan(
-        train.rows, int(batch_size), score or nll(), patience, held_out.rows if held_out else 0, VALIDATION_ROWS
+        int(train.rows), int(batch_size), score or nll(), patience, held_out.rows if held_out else 0, VALIDATION_ROWS
     )
     width = round_up(apart.number, 1 if mesh is None else mesh.shape["member"])
-
-    block = block_steps(train, stream, width, plan.batch_size, plan.steps)
-    memory = None
-    if progress or (execution is None and default_execution(mesh) != "map"):
-        memory = _memory(apart, train, plan, width // (1 if mesh is None else mesh.shape["member"]), starts, block)
-    how = _execution(memory, mesh) if execution is None else execution
-
-    def run(function, own, shared=(), by: Callable = _run):
-        return by(function, plan, apart.build, how, settings, own, shared)
-
-    init_keys, train_keys, validate_keys = _purposes(keys)
-    own = _runners(apart, keys, train_keys, validate_keys, train, held_out)
+    starts = runner_start(method, start)
+    init_keys, runner = _runners(apart, runner_keys(method, key), train, held_out)
     _check_targets(apart, init_keys, starts, train, "targets")
     if held_out is not None:
         _check_targets(apart, init_keys, starts, held_out, "validation.targets")
+    saving = checkpoint if isinstance(checkpoint, Checkpoint | None) else Checkpoint(checkpoint)
+    earlier = {} if saving is None else facts(saving.folder).get("forms", {})
+    forms = choose(
+        apart, train, plan, mesh, width, starts, stream=stream, execution=execution, earlier=earlier, estimate=progress
+    )
+
     alive = np.zeros(width, bool)  # what fills up the devices never trains
     alive[: apart.number] = np.asarray(start.alive).ravel() if isinstance(start, EnsembleState) else True
     spread = lambda tree: place(resize(tree, width), mesh, "member")
-    which = np.asarray(resize(own.data, width))
-    settings, own = spread(apart.settings), spread(own)
-    first_rows = jax.tree.map(lambda x: np.asarray(x[:batch_size]), train.data)
-    example = Batch(first_rows.inputs, first_rows.targets, first_rows.weights, np.arange(batch_size, dtype=np.int32))
-    begin_with = (spread(init_keys), spread(starts), spread(alive)), (example,)
+    settings, own = spread(apart.settings), spread(runner)
+    rows = place(resident(train, forms.block is not None), mesh)
+    validation_rows = None if held_out is None else place(separate(held_out), mesh)
+    begin_with = (spread(init_keys), spread(starts), spread(alive)), (_example(train, plan),)
+
+    def run(function, own, shared=()):
+        return _run(function, plan, apart.build, forms.execution, settings, own, shared)
 
     with on(mesh):
         carry: Any = jax.eval_shape(partial(run, begin), *begin_with)
-        rows = place(resident(train, block is not None), mesh)
-        validation_rows = None if held_out is None else place(separate(held_out), mesh)
-
-        with contextlib.ExitStack() as stack_:
-            saved = None
-            if checkpoint is not None:
-                steps, step_keys = jax.eval_shape(partial(run, shuffle), (own,), (0,))
-                if block is not None:
-                    steps = _example_block(steps, train, block)
-                program = run(advance, (carry, own, steps, step_keys), (rows,), _run.lower).as_text()
-                identity = _identity(method, apart, epochs, batch_size, patience, score, execution, key, start)
-                identity |= {"data": data, "validation": validation, "stream": block}
-                saved = stack_.enter_context(Resumable(checkpoint, identity, carry, program, mesh))
-            resumed = saved.resume(apart.number) if saved else None
-            done = resumed[0] if resumed else 0
-            parts = 1 if block is None else -(-plan.steps // block)
-            line = stack_.enter_context(Progress(epochs, apart.number, plan.steps, done, progress, parts))
-            if memory is not None:
-                line.say(memory.sentence())
-            first_epoch, carry, history = resumed or (0, run(begin, *begin_with), [])
-            seconds = {"first_epoch": 0.0, "later_epochs": 0.0, "epochs": 0}
-            began = time.perf_counter()
-            for epoch in range(first_epoch, epochs):
-                if epoch > first_epoch + 1:  # read the epoch before the last while the last one runs
-                    history[-2] = fetch_numpy(history[-2])
-                before = history[-1:] if epoch == first_epoch else history[-2:-1]
-                if before and not before[0]["training"].any():
-                    break
-                line.update(epoch - (epoch > first_epoch), before)
-                steps, step_keys = run(shuffle, (own,), (epoch,))
-                blocks = [steps] if block is None else stream_epoch(train, which, steps, block, mesh)
-                for number, part in enumerate(blocks, 1):
-                    carry = run(advance, (carry, own, part, step_keys), (rows,))
-                    line.block(number)
-                carry, info = run(finish, (carry, own), (epoch, validation_rows))
-                history.append(info)
-                if saved and saved.due(epoch + 1):
-                    history = fetch_numpy(history)
-                    saved.save(carry, history)
-                if epoch == first_epoch:
-                    jax.block_until_ready(carry)
-                    seconds["first_epoch"] = time.perf_counter() - began
-                seconds["epochs"] += 1
-            history = fetch_numpy(history)
-            line.update(len(history), history[-1:], over=True)
-            if saved:
+        steps, step_keys = jax.eval_shape(partial(run, shuffle), (own,), (0,))
+    with contextlib.ExitStack() as contexts:
+        saved = None
+        if saving is not None:
+            first = (settings, carry, own, steps, step_keys)
+            identity = {
+                **_identity(apart, epochs, batch_size, patience, plan, execution, stream, key, start),
+                **{"data": data, "validation": validation, "resample": runner.weights},
+                "program": _program(plan, apart.build, first, (train.data, validation_rows)),
+            }
+            saved = contexts.enter_context(Resumable(saving, identity, carry, mesh, forms.record()))
+        done, carry, history = (saved and saved.resume(apart.number)) or (0, None, [])
+        blocks = 1 if forms.block is None else -(-plan.steps // forms.block)
+        line = contexts.enter_context(Progress(epochs, apart.number, plan.steps, done, progress, blocks))
+        if forms.memory is not None and progress:
+            line.say(forms.memory.sentence())
+        contexts.enter_context(on(mesh))
+        carry = run(begin, *begin_with) if carry is None else carry
+        seconds = {"first_epoch": 0.0, "later_epochs": 0.0, "epochs": 0}
+        began = time.perf_counter()
+        for epoch in range(done, epochs):
+            if epoch > done + 1:  # read the epoch before the last while the last one runs
+                history[-2] = fetch_numpy(history[-2])
+            before = history[-1:] if epoch == done else history[-2:-1]
+            if before and not before[0]["training"].any():
+                break
+            line.update(epoch - (epoch > done), before)
+            steps, step_keys = run(shuffle, (own,), (epoch,))
+            parts = (
+                [steps]
+                if forms.block is None
+                else stream_epoch(train, np.asarray(runner.data), steps, forms.block, mesh)
+            )
+            for number, part in enumerate(parts, 1):
+                carry = run(advance, (carry, own, part, step_keys), (rows,))
+                line.block(number)
+            carry, info = run(finish, (carry, own), (epoch, validation_rows))
+            history.append(info)
+            if saved and saved.due(epoch + 1):
+                history = fetch_numpy(history)
                 saved.save(carry, history)
-            jax.block_until_ready(carry)
-            seconds["later_epochs"] = time.perf_counter() - began - seconds["first_epoch"]
+            if epoch == done:
+                jax.block_until_ready(carry)
+                seconds["first_epoch"] = time.perf_counter() - began
+            seconds["epochs"] += 1
+        history = fetch_numpy(history)
+        line.update(len(history), history[-1:], over=True)
+        if saved:
+            saved.save(carry, history)
+        jax.block_until_ready(carry)
+        seconds["later_epochs"] = time.perf_counter() - began - seconds["first_epoch"]
     ensembled = len(apart.shape) == 2 or method.members is not None
-    return result(apart, ensembled, carry, history, seconds)
+    return result(apart, ensembled, carry, history, seconds, mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -227,15 +217,20 @@ def _purposes(keys):
     return tuple(jax.vmap(partial(jax.random.fold_in, data=word))(keys) for word in (_INIT, _TRAIN, _VALIDATE))
 
 
-def _runners(apart: Runners, keys, train_keys, validate_keys, train: Stacked, held_out: Stacked | None) -> Runner:
-    """What each member keeps for itself, on the host or one device."""
-    per_experiment = apart.number // len(train.which) if len(train.which) > 1 else apart.number
-    which = np.repeat(train.which, per_experiment)
+def _runners(apart: Runners, keys, train: Stacked, held_out: Stacked | None) -> tuple[Key, Runner]:
+    """Each member's key for init, and what it keeps for itself; on the host or one device."""
+    init_keys, train_keys, validate_keys = _purposes(keys)
+    each = lambda stacked: np.repeat(stacked.which, apart.number // len(stacked.which))
+    which = each(train)
     weights: Any = () if apart.resample is None else own_weights(apart.resample, keys, train, which)
-    validation = (
-        np.zeros_like(which) if held_out is None else np.repeat(held_out.which, apart.number // len(held_out.which))
-    )
-    return Runner(train_keys, validate_keys, which, validation, weights)
+    validation = np.zeros_like(which) if held_out is None else each(held_out)
+    return init_keys, Runner(train_keys, validate_keys, which, validation, weights)
+
+
+def _example(train: Stacked, plan: Plan) -> Batch:
+    """The first rows, for the shapes of a batch."""
+    rows = jax.tree.map(lambda x: np.asarray(x[: plan.batch_size]), train.data)
+    return Batch(rows.inputs, rows.targets, rows.weights, np.arange(plan.batch_size, dtype=np.int32))
 
 
 def _stack_both(data, validation, method) -> tuple[Stacked, Stacked | None]:
@@ -243,60 +238,46 @@ def _stack_both(data, validation, method) -> tuple[Stacked, Stacked | None]:
     return stack(data, "data", number), None if validation is None else stack(validation, "validation", number)
 
 
-def _memory(apart: Runners, train: Stacked, plan: Plan, members: int, starts, block: int | None) -> Memory:
-    """What training needs on a device, estimated."""
-    first = jax.tree.map(lambda x: x[0], (apart.settings, starts))
-    data = Dataset(train.data.inputs, train.data.targets, train.data.weights)
-    memory = training_memory(apart.build(first[0]), data, plan.batch_size, members=members, start=first[1])
-    if plan.validation_rows:
-        memory = memory._replace(copies=3)
-    if block is None:
-        return memory
-    rows = jax.tree.map(lambda x: x[:1], (data.inputs, data.targets))
-    held = 2 * members * block * plan.batch_size * tree_bytes(rows)  # one in use, one on its way
-    return memory._replace(data=held + train.data.weights.nbytes)
-
-
-def _execution(memory: Memory | None, mesh: Mesh | None) -> Execution:
-    """The backend's form; side by side only as many members as fit."""
-    how = default_execution(mesh)
-    if how == "map" or memory is None:
-        return how
-    fitting = member_chunk(memory, device_budget())
-    return how if fitting >= memory.members else fitting
-
-
-def _example_block(steps, train: Stacked, block: int):
-    """The abstract first block of an epoch that streams."""
-    cut = lambda x: jax.ShapeDtypeStruct((x.shape[0], block, *x.shape[2:]), x.dtype)
-    rows = lambda x: jax.ShapeDtypeStruct(
-        (*steps.index.shape[:1], block, *steps.index.shape[2:], *x.shape[1:]), x.dtype
-    )
-    parts = jax.tree.map(rows, (train.data.inputs, train.data.targets))
-    return Steps(*(cut(x) for x in (steps.number, steps.index, steps.padding)), *parts)
-
-
-def _identity(method, apart, epochs, batch_size, patience, score, execution, key, start) -> dict[str, Any]:
-    """What must be the same for a training to be gone on with."""
+def _identity(apart, epochs, batch_size, patience, plan, execution, stream, key, start) -> dict[str, Any]:
+    """What must be the same for a training to be gone on with; of trees a digest is kept."""
     return {
         "epochs": int(epochs),
         "batch_size": int(batch_size),
         "patience": patience,
-        "score": (score or nll()).convention,
+        "score": plan.score.convention,
         "execution": execution,
+        "stream": stream,
         "members": list(apart.shape),
-        "resample": None if apart.resample is None else getattr(apart.resample, "__name__", str(apart.resample)),
         "key": [str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()],
         "settings": apart.settings,
         "start": start,
     }
 
 
-def _check_patience(patience, validation) -> None:
-    if patience is not None and (validation is None or not isinstance(patience, int) or patience < 1):
+def _program(plan: Plan, build, first, data) -> str:
+    """The text of one member's epoch and its end on one device: every number of network, loss, optimiser and score."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), first)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), data)
+
+    def epoch(settings, carry, runner, steps, step_key, number, rows, validation):
+        method = build(settings)
+        carry = advance(plan, method, carry, runner, steps, step_key, rows)
+        return finish(plan, method, carry, runner, number, validation)
+
+    return jax.jit(epoch).lower(*one, 0, *whole).as_text()
+
+
+def _check_control(score, patience, validation) -> None:
+    whole = isinstance(patience, int) and not isinstance(patience, bool) and patience >= 1
+    if patience is not None and (validation is None or not whole):
         raise ValueError(
             f"`patience` must be a whole number of at least 1, with `validation` to score, got {patience!r} and "
             f"{'no ' if validation is None else ''}validation. Pass validation rows, or leave it out."
+        )
+    if score is not None and (validation is None or not isinstance(score, Metric)):
+        raise ValueError(
+            f"`score` must be a Metric such as `bc.brier()`, with `validation` to score, got {type(score).__name__} and "
+            f"{'no ' if validation is None else ''}validation. Call the metric's builder, and pass validation rows."
         )
 
 

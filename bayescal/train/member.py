@@ -18,7 +18,7 @@ class Plan(NamedTuple):
 
     rows: int
     batch_size: int
-    score: Metric  # of validation; lower = better
+    score: Metric  # of validation
     patience: int | None
     validation_rows: int
     chunk_size: int  # validation rows that go through the network at a time
@@ -41,7 +41,7 @@ class Carry(NamedTuple):
 
     state: PyTree
     best: PyTree  # () without validation
-    best_score: jax.Array  # lower = better; infinite before the first
+    best_score: jax.Array  # its sign such that lower = better; infinite before the first
     best_epoch: jax.Array  # -1 before the first
     status: jax.Array  # place in `REASONS`
     stopped_epoch: jax.Array  # -1 while it trains
@@ -150,18 +150,19 @@ def finish(
     info = {k: total / carry.sums.rows for k, total in carry.sums.info.items()}  # 0 / 0 = NaN: it did not train
     limit = EXPLODED * jnp.maximum(jnp.abs(carry.first_loss), LEAST_FIRST)
     status = carry.status
-    for reason, wrong in ((LOSS_TOO_HIGH, info["loss"] > limit), (STATE_NOT_FINITE, ~_all_finite(carry.state))):
+    for reason, wrong in ((LOSS_TOO_HIGH, info["loss"] > limit), (STATE_NOT_FINITE, ~_sound(carry.state))):
         status = jnp.where((status == TRAINING) & wrong, reason, status)
     if plan.validation_rows:
         measure = lambda: _score(plan, method, carry.state, runner, validation)
         score = jax.lax.cond(status == TRAINING, measure, lambda: jnp.array(jnp.nan, jnp.float32))
-        better = score < carry.best_score
+        signed = -score if plan.score.better == "higher" else score
+        better = signed < carry.best_score
         best_epoch = jnp.where(better, epoch, carry.best_epoch)
         if plan.patience is not None:
             status = jnp.where((status == TRAINING) & (epoch - best_epoch >= plan.patience), STOPPED_EARLY, status)
         carry = carry._replace(
             best=jax.tree.map(lambda new, old: jnp.where(better, new, old), carry.state, carry.best),
-            best_score=jnp.where(better, score, carry.best_score),
+            best_score=jnp.where(better, signed, carry.best_score),
             best_epoch=best_epoch,
         )
         info["validation_score"] = score
@@ -181,7 +182,7 @@ def _batch(plan: Plan, runner: Runner, given: Steps, rows: Rows) -> Batch:
     if given.inputs is None:
         inputs, targets = (jax.tree.map(lambda x: x[place], part) for part in (rows.inputs, rows.targets))
     else:
-        inputs, targets = given.inputs, given.targets
+        inputs, targets = jax.tree.map(over_data, (given.inputs, given.targets))
     weights = rows.weights[place] if isinstance(runner.weights, tuple) else runner.weights[index]
     padding = over_data(given.padding)
     return Batch(inputs, targets, weights * padding * (plan.batch_size / padding.sum()), index)
@@ -211,6 +212,9 @@ def _no_sums(info) -> Sums:
     return Sums(jnp.zeros((), jnp.float32), {k: jnp.zeros((), jnp.float32) for k in info})
 
 
-def _all_finite(state) -> jax.Array:
-    numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(x).all() for x in numbers]).all()
+def _sound(state) -> jax.Array:
+    """Parameters are finite, and nothing is NaN; an optimiser may well keep an infinity."""
+    floats = lambda tree: [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    params = floats(state.variables.params) if hasattr(state, "variables") else []
+    wrong = [~jnp.isfinite(x).all() for x in params] + [jnp.isnan(x).any() for x in floats(state)]
+    return ~jnp.array(wrong).any()

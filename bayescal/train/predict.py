@@ -12,7 +12,7 @@ from bayescal.liveness import abstract, tree_bytes
 from bayescal.memory import device_budget, prediction_chunk
 from bayescal.methods.experiments import runners
 from bayescal.predictive import Predictive, concatenate, swap_batch_axes, take
-from bayescal.sharding import default_mesh, fetch, on, place
+from bayescal.sharding import check_mesh, default_mesh, fetch, on, place
 from bayescal.types import EnsembleState, Fit, Key, Method
 
 
@@ -41,6 +41,7 @@ def predict(
     check_finite("inputs", inputs)
     rows = check_rows_agree("inputs", inputs)
     check_state("state", state)
+    check_mesh(mesh)
     if chunk_size is None:
         chunk_size = _fitting_chunk(method, state, inputs, key)
     if not isinstance(chunk_size, Integral) or int(chunk_size) < 1:
@@ -76,7 +77,7 @@ def _fitting_chunk(method: Method, state, inputs, key) -> int:
     return _chunk_of_shapes(method.predict, structure, tuple((x.shape, x.dtype) for x in leaves))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _chunk_of_shapes(function, structure, shapes) -> int:
     leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     state, row, key = jax.tree.unflatten(structure, leaves)

@@ -7,14 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from bayescal.methods.experiments import Runners
-from bayescal.sharding import fetch, fetch_numpy, resize
+from bayescal.sharding import fetch, fetch_numpy, place, resize
 from bayescal.train.member import STOPPED_EARLY, TRAINING, Carry
 from bayescal.types import REASONS, EnsembleState, Fit, MemberReport
 
 
-def result(apart: Runners, ensembled: bool, carry: Carry, epochs: list[dict], seconds: dict[str, float]) -> Fit:
+def result(
+    apart: Runners, ensembled: bool, carry: Carry, epochs: list[dict], seconds: dict[str, float], mesh: Mesh | None
+) -> Fit:
     """Cuts what only fills up the devices, and gives states, history and report the shape of the method.
 
     Args:
@@ -23,12 +26,15 @@ def result(apart: Runners, ensembled: bool, carry: Carry, epochs: list[dict], se
         carry: of every member, after the last epoch.
         epochs: each one's info, arrays (member,).
         seconds: as in `Fit`.
+        mesh: where the carry is.
 
     Raises:
         ValueError: where no member's state, last or best, is usable.
     """
+    several = jax.process_count() > 1
     if carry.status.shape[0] != apart.number:
         carry = resize(fetch(carry), apart.number)
+        carry = place(carry, mesh) if several else carry
     shape = apart.shape or (1,)
     shaped = lambda x: fetch_numpy(x)[: apart.number].reshape(shape)
     history = {k: np.stack([shaped(epoch[k]) for epoch in epochs]) for k in epochs[0]}
@@ -38,15 +44,21 @@ def result(apart: Runners, ensembled: bool, carry: Carry, epochs: list[dict], se
     history = {k: v[:ran] for k, v in history.items()}
     report = _report(carry, ran, shaped)
     validated = "validation_score" in history
-    best_alive = np.isfinite(shaped(carry.best_score)) if validated else report.alive
+    best_alive = report.best_epoch >= 0 if validated else report.alive
     if not (report.alive | best_alive).any():
         raise ValueError(
             f"`loss` must stay finite for at least one member, got none of {apart.number}; they diverged in epochs "
             f"{report.stopped_epoch.ravel().tolist()}. Lower the learning rate, or check the scale of the inputs."
         )
+    if not best_alive.any():
+        raise ValueError(
+            f"`score` must be a number for at least one member and epoch, got {history['validation_score'][-1].ravel()} "
+            "in the last. Check the validation rows and the metric."
+        )
     states = _reshaped((carry.state, carry.best if validated else carry.state), apart.shape)
     if ensembled:
         alive = (jnp.asarray(report.alive), jnp.asarray(best_alive))
+        alive = place(alive, mesh) if several else alive
         states = [EnsembleState(state, sound) for state, sound in zip(states, alive, strict=True)]
     return Fit(states[0], states[1], history, report, seconds)
 

@@ -1,7 +1,6 @@
 """A training on disk: what identifies it, and its carry and history as a tree that a checkpoint holds."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from bayescal.checkpoint import Checkpoint, Store, digest
-from bayescal.sharding import fetch, place, resize
+from bayescal.sharding import fetch, place, resize, uncommitted
 from bayescal.train.member import EXCLUDED, Carry
 
 
@@ -17,30 +16,32 @@ class Resumable:
     """Checkpoints of one training; a context that waits for the last save.
 
     Args:
-        settings: folder or `Checkpoint`.
-        identity: what must be the same: plain values, and trees of arrays of which a digest is kept.
+        settings: where and how often.
+        identity: what must be the same: plain values, and trees of arrays of which a digest is kept; `program`, a text.
         carry: abstract, as it is on the devices of this run.
-        program: text of an epoch's program, in which every number of network, loss and optimiser stands.
         mesh: devices that the carry lives on.
+        forms: what was chosen for this run and is kept to when it is gone on with.
     """
 
     def __init__(
         self,
-        settings: str | Path | Checkpoint,
+        settings: Checkpoint,
         identity: dict[str, Any],
         carry: Carry,
-        program: str,
         mesh: Mesh | None,
+        forms: dict[str, Any],
     ):
-        self.settings = settings if isinstance(settings, Checkpoint) else Checkpoint(settings)
-        plain = {k: v if _is_plain(v) else digest(v) for k, v in identity.items()}
+        self.settings = settings
+        program = hashlib.blake2b(identity["program"].encode(), digest_size=12).hexdigest()
+        plain = {k: v if _is_plain(v) else digest(v) for k, v in {**identity, "program": program}.items()}
         self.mesh = mesh
-        self.devices = "1" if mesh is None else " x ".join(f"{n} {name}" for name, n in mesh.shape.items())
-        facts = {"devices": self.devices, "processes": jax.process_count()}
+        self.devices = (
+            "1 member x 1 data" if mesh is None else " x ".join(f"{n} {name}" for name, n in mesh.shape.items())
+        )
+        facts = {"devices": self.devices, "processes": jax.process_count(), "forms": forms}
         self.carry, self.saved = carry, 0
         layout = [(jax.tree_util.keystr(p), x.shape[1:], str(x.dtype)) for p, x in jax.tree.leaves_with_path(carry)]
         plain["state"] = hashlib.blake2b(str(layout).encode(), digest_size=12).hexdigest()
-        plain["program"] = hashlib.blake2b(program.encode(), digest_size=12).hexdigest()
         self.store = Store(self.settings, plain, facts)
 
     def __enter__(self):
@@ -90,7 +91,7 @@ class Resumable:
         done, tree, record = found
         self.saved = done
         history = jax.tree.map(np.asarray, fetch(tree["history"]))
-        restored = tree["carry"]
+        restored = uncommitted(tree["carry"]) if self.mesh is None else tree["carry"]
         if record["width"] != width:
             restored = resize(resize(fetch(restored), number), width)
             status = np.where(np.arange(width) < number, np.asarray(restored.status), EXCLUDED)

@@ -18,11 +18,13 @@ class Stacked(NamedTuple):
     rows: of each data set, the longest; shorter ones are filled up with rows of weight 0.
     data: inputs, targets and relative weights, each (data sets * rows, ...).
     which: (experiment,) place of each experiment's data set; one entry where all share one.
+    lengths: rows of each data set that are its own.
     """
 
     rows: int
     data: Rows
     which: np.ndarray
+    lengths: list[int]
 
 
 def stack(data: Dataset | list[Dataset], name: str, experiments: int | None) -> Stacked:
@@ -34,7 +36,9 @@ def stack(data: Dataset | list[Dataset], name: str, experiments: int | None) -> 
     """
     if not isinstance(data, list):
         rows = check_dataset(data, name)
-        return Stacked(rows, Rows(data.inputs, data.targets, _relative_weights(data, rows)), np.zeros(1, np.int32))
+        return Stacked(
+            rows, Rows(data.inputs, data.targets, _relative_weights(data, rows)), np.zeros(1, np.int32), [rows]
+        )
     if experiments is None or len(data) != experiments:
         raise ValueError(
             f"`{name}` must be a Dataset, or for a method of `experiments` a list with one for each, got a list of "
@@ -44,7 +48,7 @@ def stack(data: Dataset | list[Dataset], name: str, experiments: int | None) -> 
     places = {key: i for i, key in enumerate(kept)}
     lengths = [check_dataset(d, f"{name}[{i}]") for i, d in enumerate(kept.values())]
     rows = max(lengths)
-    fill = lambda x: np.concatenate([x, np.repeat(np.asarray(x)[:1], rows - len(x), axis=0)])
+    fill = lambda x: np.asarray(x)[np.arange(rows) % len(x)]  # rows of its own, of weight 0
     parts = []
     for d, length in zip(kept.values(), lengths, strict=True):
         weights = np.ones(length) if d.weights is None else np.asarray(d.weights)
@@ -52,7 +56,7 @@ def stack(data: Dataset | list[Dataset], name: str, experiments: int | None) -> 
         filled = Dataset(jax.tree.map(fill, d.inputs), jax.tree.map(fill, d.targets), weights)
         parts.append(Rows(filled.inputs, filled.targets, _relative_weights(filled, rows)))
     joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    return Stacked(rows, joined, np.array([places[id(d)] for d in data], np.int32))
+    return Stacked(rows, joined, np.array([places[id(d)] for d in data], np.int32), lengths)
 
 
 def separate(stacked: Stacked) -> Rows:
@@ -61,12 +65,22 @@ def separate(stacked: Stacked) -> Rows:
 
 
 def own_weights(resample, keys, stacked: Stacked, which: np.ndarray):
-    """Each runner's row weights, drawn by itself and times those of the data, with mean one.
+    """Each runner's row weights, drawn by itself over its own rows and times those of the data, with mean one.
 
     Raises:
-        ValueError: where a member drew only rows of weight 0.
+        ValueError: for weights of another shape, negative or not finite, or where a member drew only rows of weight 0.
     """
-    weights = np.asarray(member_rows(resample, keys, stacked.rows), np.float64)
+    weights = np.zeros((len(which), stacked.rows))
+    lengths = np.asarray(stacked.lengths)[which]
+    for length in np.unique(lengths):
+        own = lengths == length
+        drawn = np.asarray(member_rows(resample, keys[own], int(length)), np.float64)
+        if drawn.shape != (own.sum(), length) or not np.isfinite(drawn).all() or (drawn < 0).any():
+            raise ValueError(
+                f"`resample` must give one finite weight of at least 0 for each of the {length} rows, got shape "
+                f"{drawn.shape[1:]} with minimum {drawn.min()}. See `bc.bootstrap`."
+            )
+        weights[own, :length] = drawn
     weights = weights * np.asarray(stacked.data.weights).reshape(-1, stacked.rows)[which]
     mean = weights.mean(1, keepdims=True)
     if not (mean > 0).all():

@@ -75,13 +75,14 @@ def stream_epoch(train: Stacked, which: np.ndarray, steps: Steps, size: int, mes
             "`stream` needs grain, which reads ahead, and it is not installed. Install it: pip install bayescal[stream]."
         ) from error
     host = jax.tree.map(np.asarray, fetch(steps))
+    which = np.resize(which, len(host.index))  # what fills up the devices never trains: any data set will do
     source = Blocks(train, which, host.index, size)
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     for number, (inputs, targets) in zip(
         source.ends, grain.MapDataset.source(source).to_iter_dataset(reading), strict=True
     ):
         block = jax.tree.map(lambda x, number=number: x[:, number], host)
-        rows = place((inputs, targets), mesh, "member", None, "data")
+        rows = place((inputs, targets), mesh, "member")
         yield Steps(*place(tuple(block)[:3], mesh, "member"), *rows)
 
 

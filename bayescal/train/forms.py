@@ -1,0 +1,87 @@
+"""How a training will run on a device: streamed or not, members one after another or side by side; and its memory."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from bayescal.liveness import tree_bytes
+from bayescal.memory import Memory, device_budget, member_chunk, training_memory
+from bayescal.methods.experiments import Runners
+from bayescal.sharding import Execution, agree, default_execution
+from bayescal.train.member import Plan
+from bayescal.train.rows import Stacked
+from bayescal.train.stream import block_steps
+from bayescal.types import Dataset
+
+
+class Forms(NamedTuple):
+    """block: steps whose rows stream in at a time, None = all data on the device. execution: see `run_members`.
+    memory: the estimate, where one was made."""
+
+    block: int | None
+    execution: Execution
+    memory: Memory | None
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a run that is gone on with takes the same forms."""
+        return {"block": self.block, "execution": self.execution}
+
+
+def choose(
+    apart: Runners,
+    train: Stacked,
+    plan: Plan,
+    mesh: Mesh | None,
+    width: int,
+    starts,
+    *,
+    stream: int | None,
+    execution: Execution | None,
+    earlier: dict[str, Any],
+    estimate: bool,
+) -> Forms:
+    """What was asked for, else what an earlier process of this training took, else what fits and is fastest.
+
+    Args:
+        apart, train, plan, mesh, starts: of the training.
+        width: runners, with those that only fill up the devices.
+        stream, execution: as given to `fit`.
+        earlier: the forms that are on record.
+        estimate: make the estimate of memory even where no form depends on it.
+    """
+    per_device = width // (1 if mesh is None else mesh.shape["member"])
+    if stream is None and "block" in earlier:
+        block = earlier["block"]
+    else:
+        block = block_steps(train, stream, width, plan.batch_size, plan.steps)
+        block = agree(block or 0) or None
+    if execution is None:
+        execution = earlier.get("execution")
+    how = default_execution(mesh) if execution is None else execution
+    memory = None
+    if estimate or (execution is None and how != "map"):
+        memory = _memory(apart, train, plan, per_device, starts, block)
+    if execution is None and how != "map" and memory is not None:
+        how = agree(_side_by_side(memory))
+        how = "map" if how == 1 else "vmap" if how >= per_device else how
+    return Forms(block, how, memory)
+
+
+def _side_by_side(memory: Memory) -> int:
+    """How many members fit side by side; 1 where by the estimate not even one does: estimates err, a try does not."""
+    budget = device_budget()
+    return 1 if memory._replace(concurrent=1).total > budget else member_chunk(memory, budget)
+
+
+def _memory(apart: Runners, train: Stacked, plan: Plan, members: int, starts, block: int | None) -> Memory:
+    first = jax.tree.map(lambda x: x[0], (apart.settings, starts))
+    data = Dataset(train.data.inputs, train.data.targets, train.data.weights)
+    memory = training_memory(apart.build(first[0]), data, plan.batch_size, members=members, start=first[1])
+    if plan.validation_rows:
+        memory = memory._replace(copies=3)
+    if block is None:
+        return memory
+    rows = jax.tree.map(lambda x: x[:1], (data.inputs, data.targets))
+    held = 2 * members * block * plan.batch_size * tree_bytes(rows)  # one in use, one on its way
+    return memory._replace(data=held + train.data.weights.nbytes)
