@@ -116,6 +116,7 @@ def _check_round_trip(method, state, data, key):
 
 def _check_fit(method, data, key, traces):
     settings: dict[str, Any] = dict(batch_size=max(1, len(data.targets) // 3), progress=False, execution="map")
+    settings["mesh"] = None if method.members else make_mesh(1)  # the program that `_check_members` runs again
     first = fit(method, data, key, epochs=2, **settings)
     after_first = len(traces)
     again = fit(method, data, key, epochs=2, **settings)

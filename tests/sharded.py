@@ -32,7 +32,7 @@ def main(out, devices, member, data, members, epochs, processes=1, rank=0, port=
     texts = []
     if processes == 1:
         watch(sys.modules["bayescal.train.fit"], texts)
-    settings = dict(epochs=epochs, batch_size=64, mesh=mesh, progress=False, validation=rows, checkpoint=checkpoint)
+    settings = dict(epochs=epochs, batch_size=64, mesh=mesh, progress=False, checkpoint=checkpoint)
     fitted = bc.fit(method, rows, jax.random.key(0), **settings)
     state = bc.sharding.fetch_numpy(fitted.state.members.variables.params)
     pred = bc.predict(method, fitted.state, rows.inputs, jax.random.key(1), mesh=mesh)

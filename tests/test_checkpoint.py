@@ -69,7 +69,9 @@ def test_a_killed_training_resumes_to_the_same_bits(finished, tmp_path):
     same(np.load(out), finished[2])
 
 
-@pytest.mark.parametrize("moment", ["while digests are written", "before the checkpoint is visible"])
+@pytest.mark.parametrize(
+    "moment", ["before the checkpoint is visible", pytest.param("while digests are written", marks=pytest.mark.slow)]
+)
 def test_a_kill_in_the_midst_of_a_save(tmp_path, finished, moment):
     """The process dies by itself, in the call that orbax makes when the files of epoch 5 are written."""
     code = (

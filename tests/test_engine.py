@@ -38,7 +38,7 @@ def run(build, rates, key, form="map", **settings):
     return bc.fit(method, blobs(), key, execution=execution, mesh=mesh, progress=False, **settings)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["map", "vmap", "mesh"])
 @pytest.mark.parametrize(("build", "reason"), [(sgd, None), (adam, "loss above 1000 x its first")])
 def test_a_member_that_diverges_is_frozen_and_the_others_do_not_notice(key, form, build, reason):
     """At 1e6 sgd overflows or runs away, and Adam stays finite."""
@@ -151,28 +151,22 @@ def test_bootstrap_weights_are_repetition(key):
 
 
 def test_out_of_bag_asks_those_who_never_saw_a_row(key):
-    """Of 12 members with two draws each, one of which diverged: it weighs nothing still."""
-    dropout = lambda rate: bc.mc_dropout(
-        bc.models.mlp(4, (8,), 3, dropout=0.2), bc.Categorical, optax.sgd(rate), num_draws=2
-    )
-    rates = jnp.full(12, 0.05).at[3].set(jnp.inf)
-    method = bc.ensemble(dropout, settings=rates, resample=bc.Subsample(0.5))
-    fitted = bc.fit(method, blobs(), key, epochs=2, batch_size=10, progress=False)
-    pred = bc.predict(method, fitted.state, blobs().inputs, key)
+    """Of 12 members with two draws each, one of which is not alive: it weighs nothing still."""
+    dropout = bc.mc_dropout(bc.models.mlp(4, (8,), 3, dropout=0.2), bc.Categorical, optax.sgd(0.1), num_draws=2)
+    method = bc.ensemble(dropout, 12, resample=bc.Subsample(0.5))
+    state = method.init(key, None)._replace(alive=jnp.arange(12) != 3)
+    pred = bc.predict(method, state, blobs().inputs, key)
     own = bc.out_of_bag(pred, method, key)
     weights = np.asarray(own.member_weights)
     assert weights.shape == (24, 30) and (weights[6:8] == 0).all() and (weights[::2] == weights[1::2]).all()
     assert ((weights > 0).sum(1)[[0, 2, 4]] == 15).all() and np.isfinite(own.log_prob(blobs().targets)).all()
-    lone = jnp.zeros(24).at[0].set(1.0)
+    lone = dataclasses.replace(pred, member_weights=jnp.zeros(24).at[0].set(1.0))
     with pytest.raises(ValueError, match="`pred` must have a member that never saw each row, got 15 rows"):
-        bc.out_of_bag(dataclasses.replace(pred, member_weights=lone), method, key)
-    study = bc.experiments(method, 2)
-    both = bc.fit(study, blobs(), key, epochs=1, batch_size=10, progress=False)
-    assert bc.out_of_bag(bc.predict(study, both.state, blobs().inputs, key), study, key).member_weights.shape == (
-        24,
-        2,
-        30,
-    )
+        bc.out_of_bag(lone, method, key)
+    study = bc.experiments(bc.ensemble(sgd(0.1), 12, resample=bc.Subsample(0.5)), 2)
+    both = bc.predict(study, study.init(key, None), blobs().inputs, key)
+    weights = np.asarray(bc.out_of_bag(both, study, key).member_weights)
+    assert weights.shape == (12, 2, 30) and (weights[:, 0] != weights[:, 1]).any()
 
 
 def test_bagging_keeps_a_share_of_the_rows(key, unchecked):
@@ -279,7 +273,7 @@ def test_a_setting_that_is_branched_on_is_an_error_that_says_so(key):
             bc.fit(method, blobs(), key, epochs=1, batch_size=10, progress=False)
 
 
-@pytest.mark.parametrize("stream", [1, 2, 9])
+@pytest.mark.parametrize("stream", [1, 3])
 def test_streaming_changes_nothing(key, stream):
     method = bc.ensemble(sgd(0.05), 3)
     settings = dict(epochs=2, batch_size=8, progress=False)

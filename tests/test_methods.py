@@ -46,7 +46,7 @@ def test_map_with_a_prior_is_ridge_regression(rng, key, batch_size):
     np.testing.assert_allclose(fitted.state.variables.params, mean, rtol=0.02 if batch_size < 80 else 1e-3, atol=0.01)
 
 
-@pytest.mark.parametrize("batch_size", [80, 20])
+@pytest.mark.parametrize("batch_size", [pytest.param(80, marks=pytest.mark.slow), 20])
 def test_variational_is_the_mean_field_optimum(rng, key, batch_size):
     """Mean of the exact posterior, standard deviation 1 / sqrt(diagonal of its precision), whatever the batch size."""
     data = linear_data(rng)

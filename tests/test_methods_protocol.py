@@ -14,7 +14,7 @@ def test_method(name):
     check_method(*cases()[name]())
 
 
-@pytest.mark.parametrize("name", ENSEMBLED)
+@pytest.mark.parametrize("name", [ENSEMBLED[0], *(pytest.param(n, marks=pytest.mark.slow) for n in ENSEMBLED[1:])])
 def test_ensembled(name):
     method, model, data = cases()[name]()
     check_method(bc.ensemble(method, 3), model, data)
