@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,8 +147,8 @@ def update(state: PyTree, batch, key: Key, outer: Members):
 def predict(state: PyTree, inputs, key: Key | None, outer: Members):
     """Every experiment's predictive, (member, experiment, rows, ...); a list of inputs holds each experiment's own."""
     keys = None if key is None else member_keys(key, outer.number)
+    one = lambda s, k, settings, x: outer.build(settings).predict(s, x, k)
     if not isinstance(inputs, list):
-        one: Any = lambda s, k, settings, x: outer.build(settings).predict(s, x, k)
         return stack_experiments(run_members(one, state, keys, outer.settings, shared=(inputs,)))
     if len(inputs) != outer.number:
         raise ValueError(
@@ -156,23 +156,25 @@ def predict(state: PyTree, inputs, key: Key | None, outer: Members):
             "Pass one array for all, or one each."
         )
     own = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
-    one = lambda s, k, settings, x: outer.build(settings).predict(s, x, k)
     return stack_experiments(run_members(one, state, keys, outer.settings, own))
 
 
-def _inner(outer: Members) -> Members | None:
-    """The members of one experiment, by their number and resampling alone; None for a lone method."""
+class _Inner(NamedTuple):
+    """What is known of one experiment's ensemble without its settings."""
+
+    number: int
+    resample: Callable[[Key, int], jax.Array] | None
+
+
+def _inner(outer: Members) -> _Inner | None:
+    """The ensemble inside an experiment; None for a lone method."""
     found = []
 
     def look(settings):
         method = outer.build(jax.tree.map(lambda x: x[0], settings))
         if method.experiments is not None:
             raise ValueError("`method` must be one without experiments, got experiments of it. Make one grid of both.")
-        found.append(method.members and Members(_nothing, (), method.members.number, method.members.resample))
+        found.append(method.members and _Inner(method.members.number, method.members.resample))
 
     jax.eval_shape(look, outer.settings)
     return found[0]
-
-
-def _nothing(settings):
-    raise NotImplementedError
