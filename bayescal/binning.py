@@ -18,11 +18,36 @@ class Histogram(NamedTuple):
     weight: total weight (the count, for unit weights).
     gap: weighted sum of confidence - correct: positive = over-confident.
     confidence: weighted sum of the confidence.
+    square: weighted sum of (confidence - correct)^2.
+    weight_square: sum of squared weights.
     """
 
-    weight: Float[Array, "bins"]
-    gap: Float[Array, "bins"]
-    confidence: Float[Array, "bins"]
+    weight: Float[Array, "*shape bins"]
+    gap: Float[Array, "*shape bins"]
+    confidence: Float[Array, "*shape bins"]
+    square: Float[Array, "*shape bins"]
+    weight_square: Float[Array, "*shape bins"]
+
+    def gaps(self):
+        """Mean confidence - accuracy of each bin; 0 in empty bins."""
+        xp = namespace(self.weight)
+        return self.gap / xp.where(self.weight > 0, self.weight, 1)
+
+    def accuracy(self):
+        """Share of correct predictions of each bin, in [0, 1]; 0 in empty bins."""
+        xp = namespace(self.weight)
+        return xp.clip((self.confidence - self.gap) / xp.where(self.weight > 0, self.weight, 1), 0, 1)
+
+    def rows(self):
+        """Kish's effective number of rows of each bin, (sum w)^2 / sum w^2; the count, for unit weights; 0 if empty."""
+        xp = namespace(self.weight)
+        return self.weight**2 / xp.where(self.weight_square > 0, self.weight_square, 1)
+
+    def error_variance(self):
+        """Sampling variance of each bin's mean gap, from the rows' own spread; 0 in bins of at most one row."""
+        xp, rows, gap = namespace(self.weight), self.rows(), self.gaps()
+        spread = xp.maximum(self.square / xp.where(self.weight > 0, self.weight, 1) - gap**2, 0)
+        return xp.where(rows > 1, spread / xp.where(rows > 1, rows - 1, 1), 0)
 
 
 class Reliability(NamedTuple):
@@ -81,16 +106,39 @@ def histogram(
         num_bins: number of bins of equal width.
         closed: which side of a bin is closed, see `bin_index`.
     """
-    inside = bin_index(confidence, num_bins, closed)[:, None] == jnp.arange(num_bins)
-    spread = jnp.where(inside, weights[:, None], 0)
-    gap = jnp.where(spread == 0, 0, spread * (confidence - correct)[:, None])  # padding may hold anything
-    total = jnp.where(spread == 0, 0, spread * confidence[:, None])
-    return Histogram(spread.sum(0), gap.sum(0), total.sum(0))
+    index = bin_index(confidence, num_bins, closed)
+    gap = confidence - correct
+    columns = jnp.stack([jnp.ones_like(gap), gap, confidence, gap**2, weights], -1)
+    columns = jnp.where(weights[:, None] == 0, 0, weights[:, None] * columns)  # padding may hold anything
+    # Long float32 sums lose digits: rows are added in blocks of about a thousand, and then the blocks.
+    blocks = max(1, min(len(confidence) // 1024, 4096 // num_bins))
+    block = jnp.arange(len(confidence)) % blocks
+    sums = jnp.zeros((blocks, num_bins, 5), columns.dtype).at[block, index].add(columns).sum(0)
+    return Histogram(*jnp.moveaxis(sums, -1, 0))
+
+
+def coarsen(sums: Histogram, num_bins: int) -> Histogram:
+    """The same sums over fewer bins of equal width.
+
+    Raises:
+        ValueError: where the number of bins is no multiple of `num_bins`.
+    """
+    fine = sums.weight.shape[-1]
+    if num_bins < 1 or fine % num_bins:
+        raise ValueError(
+            f"`num_bins` must divide {fine}, the histogram's number of bins, got {num_bins}. Use a divisor."
+        )
+    return Histogram(*(x.reshape(*x.shape[:-1], num_bins, -1).sum(-1) for x in sums))
+
+
+def namespace(x):
+    """numpy for its arrays (float64 totals on the host), jax.numpy for all others."""
+    return np if isinstance(x, np.ndarray | np.generic) else jnp
 
 
 def reliability(sums: Histogram) -> Reliability:
     """Mean confidence, accuracy and its 95 % Wilson interval per bin; NaN in empty bins. Host only."""
-    weight, gap, confidence = (np.asarray(x, np.float64) for x in sums)
+    weight, gap, confidence = (np.asarray(x, np.float64) for x in sums[:3])
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(weight > 0, confidence / weight, np.nan)
         accuracy = np.where(weight > 0, (confidence - gap) / weight, np.nan)

@@ -13,6 +13,7 @@ from bayescal.predictive import (
     Categorical,
     Gaussian,
     Predictive,
+    Probabilities,
     float32_or_wider,
     variance_of_means,
     weighted_sum,
@@ -33,7 +34,7 @@ class Uncertainty(NamedTuple):
     ood: Float[Array, "*batch"]
 
 
-def mutual_information(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
+def mutual_information(pred: Categorical | Bernoulli | Probabilities) -> Float[jax.Array, "*batch"]:
     """Epistemic part of the predictive entropy: I[y; member] = H[mean p] - mean H[p].
 
     Nats, in [0, log(num_members)]; zero when all members agree, and for one member; higher = more unlike the training
@@ -45,7 +46,7 @@ def mutual_information(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batc
         pred: predictive; bfloat16 logits are promoted. Members of weight 0 are ignored.
     Source: Houlsby et al. 2011 (BALD); Depeweg et al. 2018. The Bregman form is that of the Jensen-Shannon divergence.
     """
-    if isinstance(pred, Bernoulli):
+    if isinstance(pred, Bernoulli | Probabilities):
         pred = pred.as_categorical()
     weights = pred.weights()[..., None]
     counted = weights != 0
@@ -90,7 +91,7 @@ def _bregman(u):
 _SERIES = tuple(1 / (f * (j + 2)) for j, f in reversed(list(enumerate((1, 1, 2, 6, 24, 120, 720, 5040, 40320)))))
 
 
-def entropy_parts(pred: Categorical | Bernoulli) -> tuple[jax.Array, jax.Array]:
+def entropy_parts(pred: Categorical | Bernoulli | Probabilities) -> tuple[jax.Array, jax.Array]:
     """(aleatoric, epistemic) = (mean over members of H[p_s], mutual information), nats, each (*batch,)."""
     return weighted_sum(pred.member_entropy(), pred.weights()), mutual_information(pred)
 
@@ -125,6 +126,7 @@ _DEFAULTS = {
     Categorical: (entropy_parts, free_energy),
     Bernoulli: (entropy_parts, free_energy),
     Gaussian: (variance_parts, moment_matched_information),
+    Probabilities: (entropy_parts, Probabilities.entropy),
 }
 
 
@@ -139,8 +141,8 @@ def decompose(
     Args:
         pred: predictive with raw (not pooled, not calibrated) members.
         measure: `pred -> (aleatoric, epistemic)`; default entropy (nats) for classes, variance for normals.
-        ood: `pred -> (*batch,)`, higher = more unlike the training data; default free energy for classes,
-            `moment_matched_information` for normals.
+        ood: `pred -> (*batch,)`, higher = more unlike the training data; default free energy for logits, the
+            pool's entropy for probabilities, `moment_matched_information` for normals.
 
     Raises:
         TypeError: for a family without defaults, when `measure` or `ood` is left out.
@@ -153,7 +155,7 @@ def decompose(
         )
     if type(pred) not in _DEFAULTS and (measure is None or ood is None):
         raise TypeError(
-            f"`pred` must be a Categorical, Bernoulli or Gaussian, got {type(pred).__name__}. "
+            f"`pred` must be a Categorical, Bernoulli, Gaussian or Probabilities, got {type(pred).__name__}. "
             "Wrap logits as `Categorical(logits)`, member axis first."
         )
     default_measure, default_ood = _DEFAULTS.get(type(pred), (measure, ood))

@@ -1,83 +1,122 @@
 """Evaluation: metrics streamed over batches, totals in float64 on the host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bayescal.predictive import Predictive, check_rows, take
+from bayescal.predictive import Predictive, check_predictive, check_targets_and_weights, take
 from bayescal.sharding import sum_over_processes
-from bayescal.types import Estimate, Metric
+from bayescal.types import Estimate, Metric, WholeMetric
+
+Z95 = 1.959963984540054  # normal quantile of a 95 % interval
 
 
 def evaluate(
     pred: Predictive,
     targets,
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, Metric | WholeMetric],
     *,
     weights=None,
+    groups=None,
     batch_size: int = 2**16,
     across_processes: bool = False,
 ) -> dict[str, Estimate]:
-    """The value of every metric, with interval, n and convention.
+    """The value of every metric, with 95 % interval, n and convention.
+
+    The interval is the metric's own where it has one in closed form; else normal, with the standard error from the
+    rows' influence; none where neither is sound. With `groups` it is from the influence summed over each group.
 
     Args:
         pred: predictive with batch shape (rows,).
         targets: one per row, as the family wants them.
         metrics: name -> metric.
         weights: non-negative weight of each row; None = ones. Rows of weight 0 count for nothing.
+        groups: label of each row; rows of one group (patient, document, video) are not independent, groups are.
         batch_size: rows a device call; the last batch is filled up with rows of weight 0. At most 2**20.
         across_processes: the rows here are this process's share, and sums are added over all processes
-            (`jax.distributed`); False = they are all there is.
+            (`jax.distributed`); False = they are all there is. For streaming metrics.
 
     Returns:
         name -> Estimate, whose n is the number of rows of positive weight.
 
     Raises:
-        ValueError: for NaN predictions, targets out of range or of the wrong shape or type, unusable weights, no rows.
+        ValueError: for NaN predictions, probabilities that are none, targets out of range or of the wrong shape or
+            type, unusable weights, no rows, a metric of whole columns across processes.
     """
-    sums = measure(pred, targets, metrics, weights=weights, batch_size=batch_size)
-    n = len(targets) if weights is None else int((np.asarray(weights) > 0).sum())
     if across_processes:
-        sums, n = sum_over_processes((sums, np.float64(n)))
-        n = int(n)
+        return _evaluate_share(pred, targets, metrics, weights, groups, batch_size)
+    sums, columns = _pass(pred, targets, metrics, weights, batch_size)
+    n = len(targets) if weights is None else int((np.asarray(weights) > 0).sum())
     result = {}
     for name, metric in metrics.items():
-        low, high = metric.interval(sums[name]) if metric.interval else (None, None)
+        if isinstance(metric, WholeMetric):
+            known, value = (*columns[metric.read], _float32(weights)), _compute(metric, columns, weights)
+        else:
+            known, value = (sums[name],), float(metric.compute(sums[name]))
+        low, high = None, None
+        if metric.interval and groups is None:
+            low, high = metric.interval(*known)
+        elif metric.regular and n > 1:
+            influence = _influences(metric, pred, targets, weights, batch_size, sums.get(name), columns)
+            half = Z95 * standard_error(influence, weights, groups)
+            low, high = value - half, value + half
         low, high = (None if x is None or not np.isfinite(x) else float(x) for x in (low, high))
-        result[name] = Estimate(float(metric.compute(sums[name])), low, high, n, metric.convention)
+        result[name] = Estimate(value, low, high, n, metric.convention)
     return result
 
 
 def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int = 2**16) -> dict:
     """The metrics' sums over all rows, float64 numpy, for those who merge or read them: name -> sums. As `evaluate`."""
-    targets = np.asarray(targets)
-    check_rows(pred, targets, weights)
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
+    return _pass(pred, targets, metrics, weights, batch_size)[0]
+
+
+def row_influences(
+    metric: Metric | WholeMetric, pred: Predictive, targets, *, weights=None, batch_size: int = 2**16
+) -> np.ndarray:
+    """Derivative of the metric in each row's weight, float64 (rows,), in the metric's unit.
+
+    The infinitesimal jackknife: the metric's standard error is the root of sum_i (w_i influence_i)^2, and that of the
+    difference of one metric on two sets of predictions for the same rows comes from the difference of influences.
+
+    Args:
+        metric: streaming or whole; for an irregular one (`metric.regular` False) this says nothing near zero.
+        pred: predictive with batch shape (rows,).
+        targets: one per row.
+        weights: of each row; None = ones.
+        batch_size: as in `evaluate`.
+    Source: Jaeckel 1972, The infinitesimal jackknife.
+    """
+    sums, columns = _pass(pred, targets, {"it": metric}, weights, batch_size)
+    return _influences(metric, pred, targets, weights, batch_size, sums.get("it"), columns)
+
+
+def standard_error(influences: np.ndarray, weights=None, groups=None) -> float:
+    """Root of sum_i (w_i influence_i)^2, or of groups' sums G / (G - 1) sum_g (sum_i w_i influence_i)^2, metric's unit.
+
+    Args:
+        influences: of each row, as `row_influences` gives them.
+        weights: of each row; None = ones.
+        groups: label of each row, where rows of a group are not independent; None = rows are.
+
+    Raises:
+        ValueError: for labels of another length, or a single group.
+    """
+    moved = influences if weights is None else influences * np.asarray(weights, np.float64)
+    if groups is None:
+        return float(np.sqrt((moved**2).sum()))
+    labels = np.asarray(groups)
+    _, place = np.unique(labels, return_inverse=True)
+    if labels.shape != moved.shape or place.max() < 1:
         raise ValueError(
-            f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
-            "Leave it out for 2**16."
+            f"`groups` must be one label per row, {moved.shape}, of at least two groups, got shape {labels.shape} with "
+            f"{len(np.unique(labels))}. Leave them out where rows are independent."
         )
-    rows = len(targets)
-    weights = np.ones(rows, np.float32) if weights is None else np.asarray(weights, np.float32)
-    names, parts = tuple(metrics), tuple(m.measure for m in metrics.values())
-    size = min(batch_size, rows)
-    totals: Any = None
-    for first in range(0, rows, size):
-        index = np.arange(first, first + size)
-        mask = weights[index % rows] * (index < rows)
-        batch = take(pred, index % rows) if size < rows else pred
-        sums = _measure(parts, batch, targets[index % rows], mask)
-        sums = jax.tree.map(partial(np.asarray, dtype=np.float64), sums)
-        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    return dict(zip(names, totals, strict=True))
-
-
-@partial(jax.jit, static_argnums=0)
-def _measure(parts, pred, targets, weights):
-    return tuple(part(pred, targets, weights) for part in parts)
+    total = np.bincount(place, moved)
+    return float(np.sqrt(len(total) / (len(total) - 1) * (total**2).sum()))
 
 
 def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
@@ -96,3 +135,126 @@ def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
     half = float(t.ppf(0.975, n - 1) * runs.std(ddof=1) / np.sqrt(n))
     note = f"mean over {n} runs, 95 % t interval"
     return Estimate(mean, mean - half, mean + half, n, f"{convention}; {note}" if convention else note)
+
+
+def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tuple[int, Predictive, Any, np.ndarray]]:
+    """(first row, predictive, targets, weights) of equal size; the last is filled up with rows of weight 0.
+
+    Raises:
+        ValueError: for rows that do not belong together or are unusable, when the batch is reached.
+    """
+    targets = np.asarray(targets)
+    check_targets_and_weights(pred, targets, weights)
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
+        raise ValueError(
+            f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
+            "Leave it out for 2**16."
+        )
+    rows = len(targets)
+    weights = _ones_or_float32(weights, rows)
+    size = min(batch_size, rows)
+    for first in range(0, rows, size):
+        last = first + size
+        if last <= rows:
+            index, mask = slice(first, last), weights[first:last]
+        else:
+            index = np.arange(first, last) % rows
+            mask = np.where(np.arange(first, last) < rows, weights[index], 0).astype(np.float32)
+        batch = pred if size == rows else take(pred, index)
+        check_predictive(batch, first)
+        yield first, batch, targets[index], mask
+
+
+def _pass(pred, targets, metrics, weights, batch_size):
+    """One pass over the rows: name -> sums (float64), and read -> columns (float32, all rows)."""
+    streaming = {name: m.measure for name, m in metrics.items() if not isinstance(m, WholeMetric)}
+    reads = tuple({m.read: None for m in metrics.values() if isinstance(m, WholeMetric)})
+    rows, totals, pieces = len(np.asarray(targets)), None, []
+    for first, batch, labels, mask in batches(pred, targets, weights, batch_size):
+        sums, columns = _measure(tuple(streaming.values()), reads, batch, labels, mask)
+        sums = jax.tree.map(partial(np.asarray, dtype=np.float64), sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+        pieces.append(jax.tree.map(lambda x, left=rows - first: np.asarray(x)[:left], columns))
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+    return dict(zip(streaming, totals or (), strict=True)), dict(zip(reads, joined, strict=True))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _measure(parts, reads, pred, targets, weights):
+    return tuple(part(pred, targets, weights) for part in parts), tuple(tuple(read(pred, targets)) for read in reads)
+
+
+def _compute(metric: WholeMetric, columns, weights) -> float:
+    return float(_whole(metric.compute, columns[metric.read], _float32(weights)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _whole(compute, columns, weights):
+    return compute(*columns, weights)
+
+
+def _influences(metric, pred, targets, weights, batch_size, sums, columns):
+    if isinstance(metric, WholeMetric):
+        given = _ones_or_float32(weights, len(targets))
+        return np.asarray(_whole_gradient(metric.compute, columns[metric.read], given), np.float64)
+    slope = jax.grad(metric.compute)(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums))
+    parts = [
+        np.asarray(_row_slopes(metric.measure, batch, labels, slope), np.float64)
+        for _, batch, labels, _ in batches(pred, targets, weights, batch_size)
+    ]
+    return np.concatenate(parts)[: len(targets)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _whole_gradient(compute, columns, weights):
+    return jax.grad(lambda w: compute(*columns, w))(weights)
+
+
+@partial(jax.jit, static_argnums=0)
+def _row_slopes(measure, pred, targets, slope):
+    return row_sums(measure, pred, targets, lambda sums: sum(map(jnp.vdot, *map(jax.tree.leaves, (slope, sums)))))
+
+
+def row_sums(measure, pred: Predictive, targets, then=lambda sums: sums):
+    """`then` of every row's own sums at weight one: with leading axis (rows,). Sums are linear in the weights.
+
+    Args:
+        measure: of a streaming metric.
+        pred: predictive with batch shape (rows,).
+        targets: one per row.
+        then: applied to one row's sums.
+    """
+    axes = jax.tree.map(lambda x: 1 if x.ndim > 1 and x.shape[1] == pred.batch_shape[0] else None, pred)
+
+    def row(one, target):
+        one = jax.tree.map(lambda x, axis: x if axis is None else x[:, None], one, axes, is_leaf=lambda x: x is None)
+        return then(measure(one, target[None], jnp.ones(1, jnp.float32)))
+
+    return jax.vmap(row, (axes, 0))(pred, jnp.asarray(targets))
+
+
+def _ones_or_float32(weights, rows: int) -> np.ndarray:
+    return np.ones(rows, np.float32) if weights is None else np.asarray(weights, np.float32)
+
+
+def _float32(weights):
+    return None if weights is None else np.asarray(weights, np.float32)
+
+
+def _evaluate_share(pred, targets, metrics, weights, groups, batch_size):
+    wholes = [name for name, m in metrics.items() if isinstance(m, WholeMetric)]
+    if wholes or groups is not None:
+        raise ValueError(
+            f"`across_processes` adds sums, got {wholes or 'groups'}, which need all rows in one place. Gather the "
+            "predictions first, or use streaming metrics."
+        )
+    sums, n = measure(pred, targets, metrics, weights=weights, batch_size=batch_size), len(targets)
+    if weights is not None:
+        n = int((np.asarray(weights) > 0).sum())
+    sums, n = sum_over_processes((sums, np.float64(n)))
+    result = {}
+    for name, metric in metrics.items():
+        low, high = metric.interval(sums[name]) if metric.interval else (None, None)
+        low, high = (None if x is None or not np.isfinite(x) else float(x) for x in (low, high))
+        result[name] = Estimate(float(metric.compute(sums[name])), low, high, int(n), metric.convention)
+    return result

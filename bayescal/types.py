@@ -175,10 +175,13 @@ class Metric(NamedTuple):
     """A streaming metric: `measure` gives a pytree of sums, so merging is always leaf-wise addition.
 
     measure: `(predictive, targets, weights) -> sums`, for at most 2**20 rows a call (float32 counts stop at 2**24).
+        Linear in the weights (sums of squared weights apart): bootstrap and influence rest on it.
     compute: `sums -> value`; takes jax arrays (jit) as well as numpy float64 totals.
-    interval: `sums -> (low, high)` at 95 %, where one is known in closed form.
+    interval: `sums -> (low, high)` at 95 %, where one is known in closed form; else that of the rows' influence.
     convention: what differs in the field (scale, bins, norm, closure), in words.
-    better: "lower" or "higher".
+    better: "lower", "higher" or "neither".
+    regular: whether its estimate is close to normal, so that bootstrap and influence give intervals. False for the norm
+        of gaps that may be zero (ECE and its kin): there both fail, and only its own `interval` is used.
     """
 
     measure: Callable[[Any, Any, Any], PyTree]
@@ -186,6 +189,25 @@ class Metric(NamedTuple):
     interval: Callable[[PyTree], tuple[Any, Any]] | None = None
     convention: str = ""
     better: str = "lower"
+    regular: bool = True
+
+
+class WholeMetric(NamedTuple):
+    """A metric that is no sum (ranks, adaptive bins, kernels): a plain function of whole columns.
+
+    read: `(predictive, targets) -> tuple of arrays (rows, ...)`, row by row; metrics with the same `read` share it.
+    compute: `(*columns, weights | None) -> value`, jittable, differentiable in the weights; rows of weight 0 count for
+        nothing, None = all rows alike.
+    interval: `(*columns, weights | None) -> (low, high)` at 95 % on the host; else that of the rows' influence.
+    convention, better, regular: as in `Metric`.
+    """
+
+    read: Callable[[Any, Any], tuple[Any, ...]]
+    compute: Callable[..., Any]
+    interval: Callable[..., tuple[Any, Any]] | None = None
+    convention: str = ""
+    better: str = "lower"
+    regular: bool = True
 
 
 @dataclass_transform(frozen_default=True)

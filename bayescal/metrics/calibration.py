@@ -3,7 +3,6 @@
 from functools import cache
 
 import jax.numpy as jnp
-import numpy as np
 
 from bayescal.binning import Closed, Histogram, bin_edges, histogram
 from bayescal.metrics.likelihood import check_rows
@@ -24,11 +23,17 @@ def confidence_histogram(*, num_bins: int = 15, closed: Closed = "right") -> Met
 
     def measure(pred, targets, weights) -> Histogram:
         check_rows(weights.shape[0])
-        log_probs = pred.log_probs()
-        correct = (log_probs.argmax(-1) == targets).astype(jnp.float32)
-        return histogram(jnp.exp(log_probs.max(-1)), correct, weights, num_bins=num_bins, closed=closed)
+        confidence, label = pred.top_label()
+        correct = (label == targets).astype(jnp.float32)
+        return histogram(confidence, correct, weights, num_bins=num_bins, closed=closed)
 
-    return Metric(measure, lambda sums: sums, None, f"top label, {num_bins} equal-width bins closed on the {closed}")
+    return Metric(
+        measure,
+        lambda sums: sums,
+        None,
+        regular=False,
+        convention=f"top label, {num_bins} equal-width bins closed on the {closed}",
+    )
 
 
 @cache
@@ -52,10 +57,9 @@ def calibration_error(*, num_bins: int = 15, norm: float = 1, closed: Closed = "
     base = confidence_histogram(num_bins=num_bins, closed=closed)
 
     def compute(sums: Histogram):
-        xp = np if isinstance(sums.weight, np.ndarray) else jnp
-        gap = abs(sums.gap) / xp.where(sums.weight > 0, sums.weight, 1)
+        gap = abs(sums.gaps())
         if norm == float("inf"):
             return gap.max()
         return ((sums.weight / sums.weight.sum()) * gap**norm).sum() ** (1 / norm)
 
-    return base._replace(compute=compute, convention=f"{base.convention}, L{norm:g} norm")
+    return base._replace(compute=compute, convention=f"{base.convention}, L{norm:g} norm", regular=False)

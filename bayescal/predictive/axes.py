@@ -10,9 +10,10 @@ from jaxtyping import Float
 
 from bayescal.predictive.categorical import Bernoulli, Categorical
 from bayescal.predictive.gaussian import Gaussian
+from bayescal.predictive.probabilities import Probabilities
 from bayescal.types import Array
 
-Predictive = Categorical | Bernoulli | Gaussian
+Predictive = Categorical | Bernoulli | Gaussian | Probabilities
 
 
 def merge_members(stacked: Predictive, weights: Float[Array, "outer"] | None = None) -> Predictive:

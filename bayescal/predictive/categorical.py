@@ -52,17 +52,22 @@ class Categorical(Mixture):
 
     def log_prob(self, targets: Int[Array, "*batch"]) -> Float[jax.Array, "*batch"]:
         """Log-probability of the target under the pool, nats, at most 0."""
-        return _at(self.log_probs(), targets)
+        return gather(self.log_probs(), targets)
 
     def member_log_prob(self, targets: Int[Array, "*batch"]) -> Float[jax.Array, "member *batch"]:
         """Log-probability of the target under each member, nats, at most 0."""
         check_target_shape(jnp.shape(targets), self.batch_shape)
         log_probs = self.member_log_probs()
-        return _at(log_probs, jnp.broadcast_to(jnp.asarray(targets), log_probs.shape[:-1]))
+        return gather(log_probs, jnp.broadcast_to(jnp.asarray(targets), log_probs.shape[:-1]))
 
     def pooled_mean(self) -> Float[jax.Array, "*batch classes"]:
         """Class probabilities of the pool, in [0, 1]."""
         return jnp.exp(self.log_probs())
+
+    def top_label(self) -> tuple[Float[jax.Array, "*batch"], Int[jax.Array, "*batch"]]:
+        """Probability and index of the pool's most probable class; ties to the lowest index."""
+        log_probs = self.log_probs()
+        return jnp.exp(log_probs.max(-1)), log_probs.argmax(-1)
 
     def entropy(self) -> Float[jax.Array, "*batch"]:
         """Entropy of the pool, H[sum_s w_s p_s], nats in [0, log classes]; higher = less sure."""
@@ -140,6 +145,10 @@ class Bernoulli(Mixture):
         """P(y = 1) under the pool, in [0, 1]."""
         return self.as_categorical().pooled_mean()[..., 1]
 
+    def top_label(self) -> tuple[Float[jax.Array, "*batch"], Int[jax.Array, "*batch"]]:
+        """Probability and index of the pool's more probable class; ties to class 0."""
+        return self.as_categorical().top_label()
+
     def entropy(self) -> Float[jax.Array, "*batch"]:
         """Entropy of the pool, nats in [0, log 2]; higher = less sure."""
         return self.as_categorical().entropy()
@@ -179,15 +188,15 @@ def pool(pred: Categorical | Bernoulli) -> Categorical | Bernoulli:
     refuse(type(pred).__name__, "pool", "Use `pooled_mean`, `pooled_variance` and `log_prob`.")
 
 
-def _at(log_probs, targets):
+def gather(log_probs, targets):
     """The target's entry; NaN for labels outside [0, classes), which would otherwise count from the end."""
     targets = jnp.asarray(targets)
     check_target_shape(targets.shape, log_probs.shape[:-1])
     inside = (targets >= 0) & (targets < log_probs.shape[-1])
-    return jnp.where(inside, _gather(log_probs, jnp.where(inside, targets, 0)), jnp.nan)
+    return jnp.where(inside, _take_class(log_probs, jnp.where(inside, targets, 0)), jnp.nan)
 
 
-def _gather(log_probs, targets):
+def _take_class(log_probs, targets):
     return jnp.take_along_axis(log_probs, jnp.asarray(targets)[..., None], axis=-1)[..., 0]
 
 

@@ -6,10 +6,20 @@ import numpy as np
 
 from bayescal.predictive.axes import Predictive
 from bayescal.predictive.gaussian import Gaussian
+from bayescal.predictive.mixture import float32_or_wider
+from bayescal.predictive.probabilities import Probabilities
+
+SUM_TOLERANCE = 1e-3  # how far the probabilities of a row may sum from one: float16 and text files with three decimals
 
 
 def check_rows(pred: Predictive, targets, weights) -> None:
     """Raises unless predictions, targets and row weights belong together and are usable."""
+    check_targets_and_weights(pred, targets, weights)
+    check_predictive(pred)
+
+
+def check_targets_and_weights(pred: Predictive, targets, weights) -> None:
+    """Raises unless targets and row weights fit the shape of the predictive, whose values are not looked at."""
     if not targets.size:
         raise ValueError("`targets` must have at least one row, got none. Check how the data were split.")
     if pred.batch_shape != targets.shape[:1]:
@@ -23,7 +33,6 @@ def check_rows(pred: Predictive, targets, weights) -> None:
             )
         )
     pred.check_targets(targets)
-    check_predictive(pred)
     if weights is not None:
         given = np.asarray(weights)
         if given.shape != targets.shape[:1] or not np.isfinite(given).all() or (given < 0).any() or not given.any():
@@ -33,9 +42,14 @@ def check_rows(pred: Predictive, targets, weights) -> None:
             )
 
 
-def check_predictive(pred: Predictive) -> None:
-    """Raises where a member that counts is NaN or infinite, has no possible class or no positive variance, and for
-    unusable member weights."""
+def check_predictive(pred: Predictive, first: int = 0) -> None:
+    """Raises where a member that counts is NaN or infinite, has no possible class, no positive variance or no
+    probabilities, and for unusable member weights.
+
+    Args:
+        pred: the predictive, or a chunk of it.
+        first: the chunk's first row, for the message.
+    """
     if pred.member_weights is not None:
         given = np.asarray(pred.member_weights)
         if not np.isfinite(given).all() or (given < 0).any() or not (given.sum(0) > 0).all():
@@ -43,18 +57,23 @@ def check_predictive(pred: Predictive) -> None:
                 "`member_weights` must be finite, not negative and not all zero for any example, got values from "
                 f"{given.min()} to {given.max()}. Give every example at least one member."
             )
-    undefined, variance = (np.asarray(x) for x in _bad_rows(pred))
+    undefined, wrong = (np.asarray(x) for x in _bad_rows(pred))
     if undefined.any():
         raise ValueError(
             f"`pred` must not hold NaN, +infinity or examples without a possible class, got some in {int(undefined.sum())} "
-            f"of {undefined.size} examples, first at {int(undefined.ravel().argmax())}. "
+            f"of {undefined.size} examples, first at {first + int(undefined.ravel().argmax())}. "
             "Look for members that diverged, or inputs that were not finite."
         )
-    if variance.any():
-        raise ValueError(
-            f"`variance` must be positive, got zero or less in {int(variance.sum())} of {variance.size} examples, first at "
-            f"{int(variance.ravel().argmax())}. Pass variances, not log-variances."
-        )
+    if not wrong.any():
+        return
+    place = f"in {int(wrong.sum())} of {wrong.size} examples, first at {first + int(wrong.ravel().argmax())}"
+    if isinstance(pred, Gaussian):
+        raise ValueError(f"`variance` must be positive, got zero or less {place}. Pass variances, not log-variances.")
+    raise ValueError(
+        f"`probs` must lie in [0, 1] and sum to one within {SUM_TOLERANCE:g} over the classes, got others {place}. "
+        "If these are logits, say so: `Categorical(logits)`, or the name `logits` in a file. Nothing is guessed or "
+        "normalised."
+    )
 
 
 @jax.jit
@@ -67,6 +86,11 @@ def _bad_rows(pred):
             False if pred.mean_variance is None else (pred.mean_variance < 0).any(-1)
         )
         return (undefined & counted).any(0), (variance & counted).any(0)
+    if isinstance(pred, Probabilities):
+        probs = jnp.asarray(pred.probs)
+        total = float32_or_wider(probs).sum(-1)
+        wrong = (probs < 0).any(-1) | (probs > 1 + 1e-6).any(-1) | (abs(total - 1) > SUM_TOLERANCE)
+        return (~jnp.isfinite(total) & counted).any(0), (wrong & counted).any(0)
     logits = pred.logits if pred.logits.ndim > counted.ndim else pred.logits[..., None]
     impossible = (logits == -jnp.inf).all(-1) & (logits.shape[-1] > 1)
     undefined = (jnp.isnan(logits) | (logits == jnp.inf)).any(-1) | impossible
