@@ -30,8 +30,10 @@ FLOORS = {
     **dict.fromkeys(["losses", "metrics", "scores"], "2b"),
     **dict.fromkeys(["methods", "calibrate", "conformal"], "2c"),
     **dict.fromkeys(["train", "evaluate", "testing"], "3"),
+    "compare": "3a",
     **dict.fromkeys(["plots", "fields", "language"], "4"),
     "report": "5",
+    "recorded": "5a",
     "__main__": "6",
 }
 ONLY_IN = {"matplotlib": ("plots",), "numpyro": ("methods",), "flax": ("models",), "sklearn": ("data", "calibrate")}
@@ -40,6 +42,7 @@ PEERS = {
     ("checkpoint", "config"),
     ("checkpoint", "sharding"),
     ("memory", "liveness"),
+    ("data", "predictive"),
 }  # on one floor, one way
 
 

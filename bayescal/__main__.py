@@ -1,0 +1,29 @@
+"""`python -m bayescal evaluate FILE`: recorded predictions of any framework to figures with intervals."""
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; the exit status is 0 where everything was computed."""
+    parser = argparse.ArgumentParser(prog="python -m bayescal", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("evaluate", help="metrics with intervals for predictions in a file")
+    one.add_argument("file", help="npz, csv or parquet with logits or probs and labels, or mean, variance and targets")
+    one.add_argument("--out", help="folder for metrics.json and report.html")
+    one.add_argument("--clip", type=float, help="smallest probability that the NLL counts with, such as 1e-12")
+    given = parser.parse_args(arguments)
+    from bayescal.recorded import evaluate_file  # after the arguments: jax takes a second to import
+
+    try:
+        result = evaluate_file(given.file, out=given.out, clip=given.clip)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, e in result["metrics"].items():
+        print(f"{name:20s} {e.value:.6g} {e.low} {e.high}  {e.convention}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
