@@ -6,6 +6,8 @@ data -> fit(method) -> state -> predict -> Predictive -> decompose / scores / ca
 from bayescal import calibrate, data, metrics, models, plots, schedules, scores
 from bayescal.calibrate import MemberSelection, Temperature, fit_member_selection, fit_temperature
 from bayescal.checkpoint import Checkpoint, load, save
+from bayescal.compare import Comparison, bootstrap_intervals, compare
+from bayescal.data.predictions import read_predictions
 from bayescal.decompose import Uncertainty, decompose
 from bayescal.evaluate import evaluate, mean_over_runs
 from bayescal.methods import (
@@ -18,12 +20,33 @@ from bayescal.methods import (
     out_of_bag,
     variational,
 )
-from bayescal.metrics import accuracy, auroc, auroc_estimate, brier, calibration_error, confidence_histogram, nll
+from bayescal.metrics import (
+    accuracy,
+    augrc,
+    aurc,
+    auroc,
+    auroc_estimate,
+    average_precision,
+    brier,
+    calibration_error,
+    classwise_error,
+    confidence_histogram,
+    coverage,
+    crps,
+    fpr_at_tpr,
+    nll,
+    one_class,
+    smooth_error,
+    squared_calibration_error,
+    top_label,
+    whole,
+)
 from bayescal.models import from_linen, from_nnx
 from bayescal.predictive import (
     Bernoulli,
     Categorical,
     Gaussian,
+    Probabilities,
     concatenate,
     heteroscedastic,
     homoscedastic,
@@ -34,6 +57,7 @@ from bayescal.predictive import (
     rescale,
     take,
 )
+from bayescal.recorded import evaluate_file
 from bayescal.sharding import make_mesh, use_all_cores
 from bayescal.train import fit, predict
 from bayescal.types import (
@@ -48,6 +72,7 @@ from bayescal.types import (
     Metric,
     Model,
     Variables,
+    WholeMetric,
 )
 
 __version__ = "0.1.0"
@@ -57,6 +82,7 @@ __all__ = [  # in the order of the data flow
     "Bernoulli",
     "Categorical",
     "Checkpoint",
+    "Comparison",
     "Dataset",
     "EnsembleState",
     "Estimate",
@@ -68,27 +94,39 @@ __all__ = [  # in the order of the data flow
     "Method",
     "Metric",
     "Model",
+    "Probabilities",
     "Subsample",
     "Temperature",
     "Uncertainty",
     "Variables",
+    "WholeMetric",
     "accuracy",
+    "augrc",
+    "aurc",
     "auroc",
     "auroc_estimate",
+    "average_precision",
     "bootstrap",
+    "bootstrap_intervals",
     "brier",
     "calibrate",
     "calibration_error",
+    "classwise_error",
+    "compare",
     "concatenate",
     "confidence_histogram",
+    "coverage",
+    "crps",
     "data",
     "decompose",
     "ensemble",
     "evaluate",
+    "evaluate_file",
     "experiments",
     "fit",
     "fit_member_selection",
     "fit_temperature",
+    "fpr_at_tpr",
     "from_linen",
     "from_nnx",
     "heteroscedastic",
@@ -103,16 +141,22 @@ __all__ = [  # in the order of the data flow
     "metrics",
     "models",
     "nll",
+    "one_class",
     "one_logit",
     "out_of_bag",
     "plots",
     "pool",
     "predict",
+    "read_predictions",
     "rescale",
     "save",
     "schedules",
     "scores",
+    "smooth_error",
+    "squared_calibration_error",
     "take",
+    "top_label",
     "use_all_cores",
     "variational",
+    "whole",
 ]  # fmt: skip

@@ -12,16 +12,24 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("file", help="npz, csv or parquet with logits or probs and labels, or mean, variance and targets")
     one.add_argument("--out", help="folder for metrics.json and report.html")
     one.add_argument("--clip", type=float, help="smallest probability that the NLL counts with, such as 1e-12")
+    one.add_argument("--num-bins", type=int, default=15, help="bins of the calibration errors (default: 15)")
+    one.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="replicates; 0 (default) = without resampling"
+    )
+    one.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     given = parser.parse_args(arguments)
     from bayescal.recorded import evaluate_file  # after the arguments: jax takes a second to import
+    from bayescal.recorded_page import print_table
 
+    settings = {"num_bins": given.num_bins, "num_replicates": given.bootstrap, "seed": given.seed}
     try:
-        result = evaluate_file(given.file, out=given.out, clip=given.clip)
+        result = evaluate_file(given.file, out=given.out, clip=given.clip, **settings)
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, e in result["metrics"].items():
-        print(f"{name:20s} {e.value:.6g} {e.low} {e.high}  {e.convention}")
+    print_table(result)
+    if given.out:
+        print(f"{given.out}/metrics.json {given.out}/report.html")
     return 0
 
 

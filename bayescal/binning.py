@@ -1,11 +1,12 @@
 """Histograms of (confidence, correctness): sums that merge, from which binned metrics and diagrams are read."""
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bayescal.types import Array
 
@@ -65,26 +66,38 @@ class Reliability(NamedTuple):
 
 def bin_edges(num_bins: int) -> np.ndarray:
     """Edges k / num_bins, k = 0..num_bins, correctly rounded (`linspace` is not), shape (num_bins + 1,)."""
-    if not isinstance(num_bins, int) or num_bins < 1:
-        raise ValueError(f"`num_bins` must be a whole number of at least 1, got {num_bins!r}. The usual choice is 15.")
+    check_bins(num_bins)
     return np.arange(num_bins + 1) / num_bins
 
 
-def bin_index(confidence: Float[Array, "batch"], num_bins: int, closed: Closed) -> jax.Array:
-    """Equal-width bin of each confidence, int (batch,) in [0, num_bins).
+def check_bins(num_bins: int, closed: Closed = "right") -> None:
+    """Raises for what is no number of bins, or no side of them."""
+    if not isinstance(num_bins, int) or num_bins < 1:
+        raise ValueError(f"`num_bins` must be a whole number of at least 1, got {num_bins!r}. The usual choice is 15.")
+    if closed not in ("right", "left"):
+        raise ValueError(
+            f"`closed` must be 'right' or 'left', got {closed!r}. Guo et al. 2017 close bins on the right."
+        )
+
+
+def bin_index(confidence: Float[Array, "*batch"], num_bins: int, closed: Closed) -> jax.Array:
+    """Equal-width bin of each confidence, int (*batch,) in [0, num_bins).
 
     Args:
         confidence: in [0, 1].
         closed: "right" puts k / num_bins into bin k - 1, and 0 into the first (Guo et al. 2017, scikit-learn);
             "left" puts it into bin k, and 1 into the last (torchmetrics, netcal).
     """
-    if closed not in ("right", "left"):
-        raise ValueError(
-            f"`closed` must be 'right' or 'left', got {closed!r}. Guo et al. 2017 close bins on the right."
-        )
-    edges = jnp.asarray(bin_edges(num_bins), jnp.asarray(confidence).dtype)
-    index = jnp.searchsorted(edges, confidence, side="left" if closed == "right" else "right") - 1
-    return jnp.clip(index, 0, num_bins - 1)
+    check_bins(num_bins, closed)
+    confidence = jnp.asarray(confidence)
+    edges = jnp.asarray(bin_edges(num_bins), confidence.dtype)
+    # The product is rounded: it only tells which edge is nearest, and the edge itself decides on which side. A binary
+    # search costs ten times as much.
+    wide = confidence.astype(jnp.promote_types(confidence.dtype, jnp.float32))
+    nearest = jnp.clip(jnp.round(wide * num_bins), 0, num_bins).astype(jnp.int32)
+    edge = edges.at[nearest].get(mode="clip")
+    below = confidence <= edge if closed == "right" else confidence < edge
+    return jnp.clip(nearest - below.astype(jnp.int32), 0, num_bins - 1)
 
 
 def histogram(
@@ -94,6 +107,8 @@ def histogram(
     *,
     num_bins: int,
     closed: Closed = "right",
+    groups: Int[Array, "batch"] | None = None,
+    num_groups: int = 1,
 ) -> Histogram:
     """Sums per equal-width bin of confidence; exact for at most 2**20 rows a call (then add).
 
@@ -105,16 +120,26 @@ def histogram(
         weights: 0 for padding.
         num_bins: number of bins of equal width.
         closed: which side of a bin is closed, see `bin_index`.
+        groups: group of each row, in [0, num_groups); None = one histogram of shape (bins,), else (groups, bins).
+        num_groups: how many groups there are.
     """
     index = bin_index(confidence, num_bins, closed)
+    shape: tuple[int, ...] = (num_bins,)
+    if groups is not None:
+        index, shape = groups * num_bins + index, (num_groups, num_bins)
+    size = math.prod(shape)
     gap = confidence - correct
-    columns = jnp.stack([jnp.ones_like(gap), gap, confidence, gap**2, weights], -1)
+    columns = jnp.stack([jnp.ones_like(gap), gap, correct, gap**2, weights], -1)
     columns = jnp.where(weights[:, None] == 0, 0, weights[:, None] * columns)  # padding may hold anything
-    # Long float32 sums lose digits: rows are added in blocks of about a thousand, and then the blocks.
-    blocks = max(1, min(len(confidence) // 1024, 4096 // num_bins))
-    block = jnp.arange(len(confidence)) % blocks
-    sums = jnp.zeros((blocks, num_bins, 5), columns.dtype).at[block, index].add(columns).sum(0)
-    return Histogram(*jnp.moveaxis(sums, -1, 0))
+    # Long float32 sums lose digits: rows are added in blocks of about a thousand, and then the blocks; the confidence
+    # is the gap, whose terms cancel, plus a count.
+    blocks = max(1, min(len(confidence) // 1024, 2**16 // size))
+    place = jnp.arange(len(confidence)) % blocks * size + index
+    sums = jnp.zeros((blocks * size, 5), columns.dtype).at[place].add(columns, mode="drop")
+    ones = jnp.ones(blocks, columns.dtype)  # a product with ones: on CPU `sum(0)` costs more than the scatter
+    sums = jnp.matmul(ones, sums.reshape(blocks, -1), precision="highest").reshape(size, 5)
+    weight, gap, correct, square, weight_square = (x.reshape(shape) for x in sums.T)
+    return Histogram(weight, gap, gap + correct, square, weight_square)
 
 
 def coarsen(sums: Histogram, num_bins: int) -> Histogram:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bayescal.predictive import Predictive, check_predictive, check_targets_and_weights, take
 from bayescal.sharding import sum_over_processes
-from bayescal.types import Estimate, Metric, WholeMetric
+from bayescal.types import Array, Estimate, Metric, WholeMetric
 
 Z95 = 1.959963984540054  # normal quantile of a 95 % interval
 
@@ -72,6 +72,13 @@ def evaluate(
 def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int = 2**16) -> dict:
     """The metrics' sums over all rows, float64 numpy, for those who merge or read them: name -> sums. As `evaluate`."""
     return _pass(pred, targets, metrics, weights, batch_size)[0]
+
+
+def columns(
+    pred: Predictive, targets, metrics: Mapping[str, WholeMetric], *, weights=None, batch_size: int = 2**16
+) -> dict:
+    """The columns that metrics of whole columns read, numpy arrays of all rows: `metric.read` -> columns. As `evaluate`."""
+    return _pass(pred, targets, metrics, weights, batch_size)[1]
 
 
 def row_influences(
@@ -137,7 +144,7 @@ def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
     return Estimate(mean, mean - half, mean + half, n, f"{convention}; {note}" if convention else note)
 
 
-def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tuple[int, Predictive, Any, np.ndarray]]:
+def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tuple[int, Predictive, Any, Array]]:
     """(first row, predictive, targets, weights) of equal size; the last is filled up with rows of weight 0.
 
     Raises:
@@ -145,38 +152,44 @@ def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tup
     """
     targets = np.asarray(targets)
     check_targets_and_weights(pred, targets, weights)
+    if np.issubdtype(targets.dtype, np.unsignedinteger):  # arithmetic on bytes wraps round
+        targets = targets.astype(np.int32)
     if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
         raise ValueError(
             f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
             "Leave it out for 2**16."
         )
     rows = len(targets)
-    weights = _ones_or_float32(weights, rows)
     size = min(batch_size, rows)
+    pred, weights, ones = jax.tree.map(_on_host, pred), _float32(weights), jnp.ones(size, jnp.float32)
     for first in range(0, rows, size):
         last = first + size
-        if last <= rows:
-            index, mask = slice(first, last), weights[first:last]
-        else:
-            index = np.arange(first, last) % rows
-            mask = np.where(np.arange(first, last) < rows, weights[index], 0).astype(np.float32)
-        batch = pred if size == rows else take(pred, index)
+        index = slice(first, last) if last <= rows else np.arange(first, last) % rows
+        mask = ones if weights is None else weights[index]
+        if last > rows:
+            mask = np.where(np.arange(first, last) < rows, mask, 0).astype(np.float32)
+        batch = jax.device_put(pred if size == rows else take(pred, index))  # once, for all that read it
         check_predictive(batch, first)
         yield first, batch, targets[index], mask
 
 
 def _pass(pred, targets, metrics, weights, batch_size):
-    """One pass over the rows: name -> sums (float64), and read -> columns (float32, all rows)."""
+    """One pass over the rows: name -> sums (float64), and read -> columns (float32, all rows).
+
+    Metrics with the same `measure` or the same `read` share it.
+    """
     streaming = {name: m.measure for name, m in metrics.items() if not isinstance(m, WholeMetric)}
-    reads = tuple({m.read: None for m in metrics.values() if isinstance(m, WholeMetric)})
+    parts = tuple(dict.fromkeys(streaming.values()))
+    reads = tuple(dict.fromkeys(m.read for m in metrics.values() if isinstance(m, WholeMetric)))
     rows, totals, pieces = len(np.asarray(targets)), None, []
     for first, batch, labels, mask in batches(pred, targets, weights, batch_size):
-        sums, columns = _measure(tuple(streaming.values()), reads, batch, labels, mask)
+        sums, columns = _measure(parts, reads, batch, labels, mask)
         sums = jax.tree.map(partial(np.asarray, dtype=np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         pieces.append(jax.tree.map(lambda x, left=rows - first: np.asarray(x)[:left], columns))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-    return dict(zip(streaming, totals or (), strict=True)), dict(zip(reads, joined, strict=True))
+    found = dict(zip(parts, totals or (), strict=True))
+    return {name: found[part] for name, part in streaming.items()}, dict(zip(reads, joined, strict=True))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -185,12 +198,8 @@ def _measure(parts, reads, pred, targets, weights):
 
 
 def _compute(metric: WholeMetric, columns, weights) -> float:
-    return float(_whole(metric.compute, columns[metric.read], _float32(weights)))
-
-
-@partial(jax.jit, static_argnums=0)
-def _whole(compute, columns, weights):
-    return compute(*columns, weights)
+    # Not under one jit: functions sort numpy columns on the host, ten times faster than XLA does on a CPU.
+    return float(metric.compute(*columns[metric.read], _float32(weights)))
 
 
 def _influences(metric, pred, targets, weights, batch_size, sums, columns):
@@ -199,8 +208,8 @@ def _influences(metric, pred, targets, weights, batch_size, sums, columns):
         return np.asarray(_whole_gradient(metric.compute, columns[metric.read], given), np.float64)
     slope = jax.grad(metric.compute)(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums))
     parts = [
-        np.asarray(_row_slopes(metric.measure, batch, labels, slope), np.float64)
-        for _, batch, labels, _ in batches(pred, targets, weights, batch_size)
+        np.asarray(_row_slopes(metric.measure, batch, labels, mask, slope), np.float64)
+        for _, batch, labels, mask in batches(pred, targets, weights, batch_size)
     ]
     return np.concatenate(parts)[: len(targets)]
 
@@ -211,26 +220,38 @@ def _whole_gradient(compute, columns, weights):
 
 
 @partial(jax.jit, static_argnums=0)
-def _row_slopes(measure, pred, targets, slope):
-    return row_sums(measure, pred, targets, lambda sums: sum(map(jnp.vdot, *map(jax.tree.leaves, (slope, sums)))))
+def _row_slopes(measure, pred, targets, weights, slope):
+    def along(w):
+        return sum(map(jnp.vdot, jax.tree.leaves(slope), jax.tree.leaves(measure(pred, targets, w))))
+
+    return jax.grad(along)(weights)
 
 
-def row_sums(measure, pred: Predictive, targets, then=lambda sums: sums):
-    """`then` of every row's own sums at weight one: with leading axis (rows,). Sums are linear in the weights.
+def row_sums(measure, pred: Predictive, targets, then=lambda sums: sums, weights=None):
+    """`then` of every row's own sums: with leading axis (rows,). Sums are linear in the weights.
 
     Args:
         measure: of a streaming metric.
         pred: predictive with batch shape (rows,).
         targets: one per row.
         then: applied to one row's sums.
+        weights: of each row; None = ones.
     """
     axes = jax.tree.map(lambda x: 1 if x.ndim > 1 and x.shape[1] == pred.batch_shape[0] else None, pred)
 
-    def row(one, target):
+    def row(one, target, weight):
         one = jax.tree.map(lambda x, axis: x if axis is None else x[:, None], one, axes, is_leaf=lambda x: x is None)
-        return then(measure(one, target[None], jnp.ones(1, jnp.float32)))
+        return then(measure(one, target[None], weight[None]))
 
-    return jax.vmap(row, (axes, 0))(pred, jnp.asarray(targets))
+    targets = jnp.asarray(targets)
+    weights = jnp.ones(len(targets), jnp.float32) if weights is None else weights
+    return jax.vmap(row, (axes, 0, 0))(pred, targets, weights)
+
+
+def _on_host(x):
+    """`x` as numpy where that is the device's own memory: slices of it are views, and nothing is copied."""
+    on_cpu = isinstance(x, jax.Array) and {d.platform for d in x.devices()} == {"cpu"} and x.is_fully_addressable
+    return np.asarray(x) if on_cpu else x
 
 
 def _ones_or_float32(weights, rows: int) -> np.ndarray:

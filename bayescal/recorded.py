@@ -1,68 +1,241 @@
 """Anybody's predictions from a file to figures: `python -m bayescal evaluate FILE`, and the same as a function."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
+from bayescal.compare import bootstrap_intervals
 from bayescal.data.predictions import Recorded, read_predictions
 from bayescal.decompose import decompose
-from bayescal.evaluate import evaluate
+from bayescal.evaluate import columns, evaluate
 from bayescal.metrics import (
     accuracy,
+    augrc,
+    aurc,
+    auroc,
     brier,
     calibration_error,
+    classwise_error,
+    coverage,
+    crps,
+    expected_normalised_calibration_error,
+    local_calibration_error,
+    mean_metric,
     nll,
+    quantile_calibration_error,
+    root_mean_squared_error,
+    sharpness,
+    smooth_error,
+    squared_calibration_error,
+    whole,
+    zero_probability_rows,
 )
-from bayescal.metrics.likelihood import mean_metric
+from bayescal.predictive import Gaussian
 from bayescal.report import save_json
+from bayescal.types import Estimate, Metric, WholeMetric
+
+MOST_GROUPS = 30  # slices that are listed one by one
+MOST_NEIGHBOURS = 20_000  # rows for which every pair is looked at
 
 
-def evaluate_file(path: str | Path, *, out: str | Path | None = None, clip: float | None = None) -> dict[str, Any]:
-    """Every standard metric of recorded predictions, with intervals and conventions.
+def evaluate_file(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    clip: float | None = None,
+    num_bins: int = 15,
+    num_replicates: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every standard metric of recorded predictions, with 95 % intervals and conventions.
 
     Args:
         path: what `read_predictions` reads.
         out: folder for `metrics.json` and `report.html`; None = nothing is written.
         clip: smallest probability that the NLL counts with; None = a target of probability zero makes it infinite.
+        num_bins: bins of equal width of the calibration errors.
+        num_replicates: of the bootstrap; 0 = intervals in closed form or by the rows' influence.
+        seed: of the bootstrap.
 
     Returns:
-        `{"n", "num_members", "metrics": {name: Estimate}, "conventions"}`.
+        `{"source", "n", "num_members", "metrics": {name: Estimate}, "groups", "conventions", "notes"}`; `groups` is
+        `{label: {name: Estimate}}` where there are few, and `notes` are sentences about what stands out.
 
     Raises:
         FileNotFoundError, ValueError: as `read_predictions` and `evaluate`.
     """
     recorded = read_predictions(path)
-    result = assess(recorded, clip=clip)
+    result = assess(recorded, clip=clip, num_bins=num_bins, num_replicates=num_replicates, seed=seed)
+    result = {"source": Path(path).name, **result}
     if out is not None:
-        save_json(Path(out) / "metrics.json", result)
+        from bayescal.recorded_page import write_page  # draws: matplotlib is an extra
+
+        save_json(Path(out) / "metrics.json", {**result, "metrics": _with_missing_ends(result["metrics"])})
+        write_page(Path(out) / "report.html", recorded, result, num_bins)
     return result
 
 
-def assess(recorded: Recorded, *, clip: float | None = None) -> dict[str, Any]:
-    """As `evaluate_file`, of predictions at hand."""
-    pred = recorded.pred
-    metrics = classification_metrics(clip)
+def assess(
+    recorded: Recorded, *, clip: float | None = None, num_bins: int = 15, num_replicates: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """As `evaluate_file`, for predictions at hand: see there."""
+    pred, targets, groups = recorded.pred, recorded.targets, recorded.groups
+    regression = isinstance(pred, Gaussian)
+    metrics = regression_metrics() if regression else classification_metrics(clip=clip, num_bins=num_bins)
     if pred.num_members > 1:
-        metrics |= decomposition_metrics()
-    estimates = evaluate(pred, recorded.targets, metrics, weights=recorded.weights, groups=recorded.groups)
-    return {
-        "n": len(recorded.targets),
+        metrics |= decomposition_metrics(regression)
+    rows: dict[str, Any] = {"weights": recorded.weights, "groups": groups}
+    estimates = evaluate(pred, targets, metrics, **rows)
+    if num_replicates:
+        regular = {name: m for name, m in metrics.items() if m.regular}
+        estimates |= bootstrap_intervals(
+            pred, targets, regular, jax.random.key(seed), num_replicates=num_replicates, **rows
+        )
+    result = {
+        "n": len(targets),
         "num_members": pred.num_members,
         "metrics": estimates,
+        "conventions": _conventions(recorded, clip, num_bins, num_replicates, seed),
+        "notes": _notes(recorded, estimates),
     }
+    if groups is not None:
+        result["groups"] = _slices(recorded, clip, num_bins)
+    if recorded.features is not None and not regression:
+        result["local_calibration"] = _local(recorded, num_bins)
+    return result
 
 
-def classification_metrics(clip: float | None = None) -> dict[str, Any]:
-    """The standard metrics of predictions of classes, by name."""
+def classification_metrics(*, clip: float | None = None, num_bins: int = 15) -> dict[str, Metric | WholeMetric]:
+    """The standard metrics of predictions of classes, by name.
+
+    Args:
+        clip: as in `nll`.
+        num_bins: bins of equal width.
+    """
     return {
         "accuracy": accuracy(),
-        "nll": nll(),
+        "nll": nll(clip=clip),
         "brier": brier(),
-        "ece": calibration_error(),
-        "mce": calibration_error(norm=float("inf")),
+        "ece": calibration_error(num_bins=num_bins),
+        "mce": calibration_error(num_bins=num_bins, norm=float("inf")),
+        "ece_debiased": calibration_error(num_bins=num_bins, debiased=True),
+        "squared_ece_debiased": squared_calibration_error(num_bins=num_bins),
+        "smooth_ece": smooth_error(),
+        "classwise_ece": classwise_error(num_bins=num_bins),
+        "auroc_correctness": whole(auroc),
+        "aurc": whole(aurc),
+        "augrc": whole(augrc),
+        "zero_probability_rows": zero_probability_rows(),
     }
 
 
-def decomposition_metrics() -> dict[str, Any]:
-    """Means over rows of the parts of the pool's entropy, nats."""
-    part = lambda name: mean_metric(lambda pred, _: getattr(decompose(pred), name), "mean over rows, nats")
-    return {name: part(name)._replace(better="neither") for name in ("total", "aleatoric", "epistemic")}
+def regression_metrics() -> dict[str, Metric | WholeMetric]:
+    """The standard metrics of normal predictions, by name."""
+    return {
+        "rmse": root_mean_squared_error(),
+        "nll": nll(),
+        "crps": crps(),
+        "coverage_90": coverage(level=0.9),
+        "sharpness": sharpness(),
+        "quantile_calibration_error": quantile_calibration_error(),
+        "ence": expected_normalised_calibration_error(),
+    }
+
+
+def decomposition_metrics(regression: bool = False) -> dict[str, Metric]:
+    """Means over rows of each prediction's total, aleatoric and epistemic uncertainty.
+
+    Args:
+        regression: variances in squared unit, summed over dim, instead of entropies in nats.
+    """
+    unit = "variance, sum over dim" if regression else "entropy, nats"
+
+    def part(name):
+        def score(pred, _):
+            value = getattr(decompose(pred), name)
+            return value.sum(-1) if regression else value
+
+        return mean_metric(score, f"{name} part of the {unit}; mean over rows")._replace(better="neither")
+
+    return {name: part(name) for name in ("total", "aleatoric", "epistemic")}
+
+
+def _conventions(recorded: Recorded, clip, num_bins, num_replicates, seed) -> dict[str, Any]:
+    members = recorded.pred.num_members
+    ways = "own closed form or test inversion where the metric has one, else normal from the rows' influence"
+    if num_replicates:
+        ways = f"percentile bootstrap, {num_replicates} replicates, seed {seed}; irregular metrics (ECE and kin) by inversion"
+    return {
+        "interval": f"95 %; {ways}",
+        "pooling": f"the {members} members' distributions are averaged first" if members > 1 else "one member",
+        "events": "top label: the most probable class (ties to the lowest index) is the label",
+        "bins": f"{num_bins} of equal width, closed on the right, zero in the first",
+        "clip": "none: a label of probability zero makes the NLL infinite" if clip is None else clip,
+        "groups": "rows are independent"
+        if recorded.groups is None
+        else "rows of one of the groups are not independent",
+        "weights": "all rows alike" if recorded.weights is None else "rows weigh as the file says",
+    }
+
+
+def _notes(recorded: Recorded, estimates: Mapping[str, Estimate]) -> list[str]:
+    notes = []
+    zero = estimates.get("zero_probability_rows")
+    if zero is not None and zero.value:
+        notes.append(
+            f"{round(zero.value)} of {len(recorded.targets)} rows have a label of probability zero, whose NLL is infinite "
+            "unless it is clipped (`--clip 1e-12`)."
+        )
+    if recorded.unused:
+        notes.append(f"Not used, since the names mean nothing here: {', '.join(recorded.unused)}.")
+    missing = [name for name, e in estimates.items() if e.low is None and np.isfinite(e.value) and name[:4] != "zero"]
+    if missing:
+        notes.append(f"Without an interval, since none is sound for these data: {', '.join(missing)}.")
+    undefined = [name for name, e in estimates.items() if np.isnan(e.value)]
+    if undefined:
+        notes.append(
+            f"Undefined for these data: {', '.join(undefined)} (AUROC and kin need right and wrong predictions)."
+        )
+    return notes
+
+
+def _slices(recorded: Recorded, clip, num_bins) -> dict[str, dict[str, Estimate]]:
+    """A few figures of every group by itself, where there are few groups."""
+    labels, place = np.unique(np.asarray(recorded.groups), return_inverse=True)
+    if len(labels) > MOST_GROUPS:
+        return {}
+    names = ("rmse", "nll", "crps", "coverage_90")
+    metrics = regression_metrics()
+    if not isinstance(recorded.pred, Gaussian):
+        names, metrics = ("accuracy", "nll", "ece"), classification_metrics(clip=clip, num_bins=num_bins)
+    own = np.ones(len(place)) if recorded.weights is None else np.asarray(recorded.weights)
+    chosen = {name: metrics[name] for name in names}
+    return {
+        str(label): evaluate(recorded.pred, recorded.targets, chosen, weights=own * (place == i))
+        for i, label in enumerate(labels)
+        if (own * (place == i)).any()
+    }
+
+
+def _local(recorded: Recorded, num_bins) -> dict[str, Any] | str:
+    """Local calibration error on standardised features, or why not."""
+    features = np.asarray(recorded.features, np.float32).reshape(len(recorded.targets), -1)
+    if len(features) > MOST_NEIGHBOURS:
+        return f"left out: it looks at every pair of rows, and there are {len(features)}, more than {MOST_NEIGHBOURS}"
+    metric = whole(auroc)
+    confidence, correct = columns(recorded.pred, recorded.targets, {"it": metric})[metric.read]
+    spread = features.std(0)
+    scaled = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
+    found = local_calibration_error(confidence, correct, scaled, weights=recorded.weights, num_bins=num_bins)
+    return {
+        "mean": float(found.mean),
+        "maximum": float(found.maximum),
+        "convention": "top label; standardised features",
+    }
+
+
+def _with_missing_ends(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: {"low": None, "high": None, **e.json()} for name, e in estimates.items()}

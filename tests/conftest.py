@@ -7,6 +7,7 @@ _FLAGS = "--xla_force_host_platform_device_count=2 --xla_cpu_parallel_codegen_sp
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads spin where workers share the cores
 
 from pathlib import Path
 

@@ -164,7 +164,9 @@ def test_scores_rise_with_uncertainty():
 
 
 def test_no_predictive(unchecked):
-    with pytest.raises(TypeError, match="`pred` must be a Categorical, Bernoulli, Gaussian or Probabilities, got ndarray"):
+    with pytest.raises(
+        TypeError, match="`pred` must be a Categorical, Bernoulli, Gaussian or Probabilities, got ndarray"
+    ):
         bc.decompose(np.zeros((2, 3, 4)))
 
 

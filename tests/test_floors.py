@@ -33,7 +33,8 @@ FLOORS = {
     "compare": "3a",
     **dict.fromkeys(["plots", "fields", "language"], "4"),
     "report": "5",
-    "recorded": "5a",
+    "recorded_page": "5a",
+    "recorded": "5b",
     "__main__": "6",
 }
 ONLY_IN = {"matplotlib": ("plots",), "numpyro": ("methods",), "flax": ("models",), "sklearn": ("data", "calibrate")}

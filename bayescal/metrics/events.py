@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Integer
 
 from bayescal.predictive import Predictive
 from bayescal.types import Array
+
+Outcome = Bool[Array, "batch"] | Integer[Array, "batch"] | Float[Array, "batch"]  # 1 where it happened, else 0
+RowWeights = Integer[Array, "batch"] | Float[Array, "batch"] | None  # of each row; None = all alike
 
 
 class Events(NamedTuple):

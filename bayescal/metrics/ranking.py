@@ -1,25 +1,162 @@
-"""Ranking metrics: plain functions of whole arrays, since they are not sums."""
+"""Ranking metrics: how well a score puts the positives first. Exact with ties, whatever the row order."""
 
-import jax
-import jax.numpy as jnp
+from typing import NamedTuple
+
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
+from bayescal.binning import namespace
+from bayescal.metrics.ranked import (
+    DRAWN,
+    Z95,
+    Ranked,
+    Rows,
+    groups_and_squares,
+    influence_interval,
+    ranked,
+    read,
+    resampling_interval,
+)
+from bayescal.metrics.whole import stated
 from bayescal.types import Array, Estimate
 
 
-def auroc(scores: Float[Array, "batch"], positive: Bool[Array, "batch"] | Int[Array, "batch"]) -> Float[jax.Array, ""]:
+def _auroc(groups: Ranked):
+    other = groups.negatives()
+    above = groups.positive_through - groups.positive
+    beaten_by = (above + groups.positive / 2) / groups.totals()[1]  # shares, so that no product leaves float32
+    return (other.positive / other.totals()[1] * beaten_by).sum()
+
+
+def _delong(groups: Ranked, squares: Ranked) -> tuple[float, float]:
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        value, variance = _auroc(groups), 0.0
+        below = groups.totals()[0] - groups.totals()[1] - groups.negatives().positive_through
+        above = groups.positive_through - groups.positive
+        for these, square, others in (
+            (groups, squares, below + groups.negatives().positive / 2),
+            (groups.negatives(), squares.negatives(), above + groups.positive / 2),
+        ):
+            total, all_others = these.totals()[1], groups.totals()[0] - these.totals()[1]
+            spread = (square.positive * (others / all_others - value) ** 2).sum() / total**2
+            variance += spread / (1 - square.positive.sum() / total**2)  # n / (n - 1) for rows that weigh the same
+        logit, half = np.log(value / (1 - value)), Z95 * np.sqrt(variance) / (value * (1 - value))
+        low, high = (float(1 / (1 + np.exp(-x))) for x in (logit - half, logit + half))
+        return (low, high) if 0 < value < 1 and np.isfinite(half) else (np.nan, np.nan)
+
+
+def _average_precision(groups: Ranked):
+    precision = groups.positive_through / namespace(groups.weight).where(groups.through > 0, groups.through, 1)
+    return (groups.positive / groups.totals()[1] * precision).sum()
+
+
+def _fpr_at_tpr(groups: Ranked, tpr=0.95):
+    xp, other = namespace(groups.weight), groups.negatives()
+    enough = groups.positive_through >= tpr * groups.totals()[1] * (1 - 2 * xp.finfo(groups.weight.dtype).eps)
+    fpr = xp.where(enough, other.positive_through / other.totals()[1], xp.inf).min()
+    return xp.where(groups.totals()[1] > 0, fpr, xp.nan)
+
+
+def delong_interval(scores: Rows, positive: Rows, *, weights: Rows | None = None) -> tuple[float, float]:
+    """95 % interval of `auroc`: normal on the logit scale, with DeLong's variance. Host only.
+
+    NaN at 0 and 1, where the variance says nothing, and for fewer than two rows of a class.
+
+    Args:
+        scores: higher = more likely positive.
+        positive: which rows are of the positive class.
+        weights: of each row; None = all alike.
+    Source: DeLong, DeLong and Clarke-Pearson 1988.
+    """
+    return _delong(*groups_and_squares(scores, positive, weights))
+
+
+@stated("positive class: the event; ties count one half", better="higher", interval=delong_interval)
+def auroc(scores: Rows, positive: Rows, *, weights: Rows | None = None) -> Float[Array, ""]:
     """Area under the ROC curve: P(score of a positive > score of a negative) + half the probability of a tie.
 
-    In [0, 1]; higher = positives score higher; 0.5 = no better than chance. Exact with ties, whatever the row order.
-    NaN where one of the classes is absent or a score is NaN.
+    In [0, 1]; higher = positives score higher; 0.5 = no better than chance. With (confidence, correctness) the AUROC of
+    correctness. Interval: logit DeLong, 95 %. NaN where one of the classes is absent; see `ranked` for NaN scores.
 
     Args:
         scores: higher = more likely positive; infinities are allowed.
-        positive: which rows are of the positive class; integers count as booleans.
+        positive: which rows are of the positive class: 1 or True, else 0.
+        weights: of each row; None = all alike.
     Source: Mann and Whitney 1947.
     """
-    return _auroc(jnp.asarray(scores), jnp.asarray(positive).astype(bool))
+    return read(_auroc, ranked(scores, positive, weights))
+
+
+@stated(
+    "positive class: the event; step-wise, not trapezoid",
+    better="higher",
+    interval=influence_interval(_average_precision),
+)
+def average_precision(scores: Rows, positive: Rows, *, weights: Rows | None = None) -> Float[Array, ""]:
+    """Average precision sum_k (R_k - R_{k-1}) P_k over the distinct thresholds k, R the recall and P the precision.
+
+    In (0, 1]; higher = positives score higher; of a score without information the share of positives, so that it is not
+    comparable between data sets of other shares. The other way round (AUPR of the negatives) is
+    `average_precision(-scores, ~positive)`. NaN where there is no positive; see `ranked` for NaN scores.
+
+    Args:
+        scores: higher = more likely positive.
+        positive: which rows are of the positive class.
+        weights: of each row; None = all alike.
+    Source: Davis and Goadrich 2006 (recalled, formula not checked against the paper).
+    """
+    return read(_average_precision, ranked(scores, positive, weights))
+
+
+@stated(
+    f"positive class: the event; least with at least that TPR, ties accepted together; {DRAWN}",
+    regular=False,
+    interval=resampling_interval(_fpr_at_tpr),
+)
+def fpr_at_tpr(scores: Rows, positive: Rows, *, weights: Rows | None = None, tpr: float = 0.95) -> Float[Array, ""]:
+    """False-positive rate at the highest threshold whose true-positive rate is at least `tpr`.
+
+    In [0, 1]; lower is better. Which class is positive changes the value: for the other `fpr_at_tpr(-scores, ~positive)`.
+    Rows of equal score are accepted together. NaN where one of the classes is absent; see `ranked` for NaN scores.
+    An order statistic, whose interval is by resampling.
+
+    Args:
+        scores: higher = more likely positive.
+        positive: which rows are of the positive class.
+        weights: of each row; None = all alike.
+        tpr: in (0, 1].
+
+    Raises:
+        ValueError: for a rate outside (0, 1].
+    Source: Liang, Li and Srikant 2018 (recalled, formula not checked against the paper).
+    """
+    if not 0 < tpr <= 1:
+        raise ValueError(f"`tpr` must lie in (0, 1], got {tpr!r}. The usual choice is 0.95.")
+    return read(_fpr_at_tpr, ranked(scores, positive, weights), tpr=tpr)
+
+
+class ROC(NamedTuple):
+    """Points of a ROC curve, each array (thresholds + 1,), from (0, 0) at threshold infinity to (1, 1)."""
+
+    fpr: np.ndarray
+    tpr: np.ndarray
+    threshold: np.ndarray  # rows with a score of at least this are called positive
+
+
+def roc_curve(scores: Rows, positive: Rows, *, weights: Rows | None = None) -> ROC:
+    """False- and true-positive rate at every distinct score as threshold. Host only.
+
+    Args:
+        scores: higher = more likely positive.
+        positive: which rows are of the positive class.
+        weights: of each row; None = all alike.
+
+    Raises:
+        ValueError: for NaN scores, outcomes other than 0 and 1, or an absent class.
+    """
+    scores, groups = _check_both_classes(scores, positive, weights)
+    tpr, fpr = (np.append(0, x.positive_through / x.totals()[1]) for x in (groups, groups.negatives()))
+    return ROC(fpr, tpr, np.append(np.inf, np.unique(scores)[::-1]))
 
 
 def auroc_estimate(scores: Float[Array, "batch"], positive: Bool[Array, "batch"], positive_class: str) -> Estimate:
@@ -36,32 +173,10 @@ def auroc_estimate(scores: Float[Array, "batch"], positive: Bool[Array, "batch"]
         ValueError: for NaN scores, other lengths, or an absent class.
     Source: DeLong, DeLong and Clarke-Pearson 1988.
     """
-    scores, positive = np.asarray(scores), np.asarray(positive, bool)
-    if scores.shape != positive.shape or scores.ndim != 1:
-        raise ValueError(
-            f"`scores` and `positive` must be one axis of the same length, got {scores.shape} and {positive.shape}. "
-            "Flatten them row by row."
-        )
-    if np.isnan(scores).any():
-        raise ValueError(
-            f"`scores` must not be NaN, got {int(np.isnan(scores).sum())} of {len(scores)}. Find out which rows they are."
-        )
-    if positive.all() or not positive.any():
-        raise ValueError(
-            f"`positive` must hold both classes, got {int(positive.sum())} positives of {len(positive)}. "
-            "Join in-distribution and out-of-distribution rows before calling."
-        )
-    inside, outside = np.sort(scores[~positive]), np.sort(scores[positive])
-    of_positive = _share_below(inside, scores[positive])  # of the negatives, ties one half
-    of_negative = 1 - _share_below(outside, scores[~positive])  # positives above each negative
-    value = of_positive.mean()
-    convention = f"positive class: {positive_class}; ties count one half"
-    if not 0 < value < 1 or min(len(of_positive), len(of_negative)) < 2:
-        return Estimate(float(value), n=len(scores), convention=convention)
-    error = np.sqrt(of_positive.var(ddof=1) / len(of_positive) + of_negative.var(ddof=1) / len(of_negative))
-    logit, half = np.log(value / (1 - value)), 1.959963984540054 * error / (value * (1 - value))
-    low, high = (float(1 / (1 + np.exp(-x))) for x in (logit - half, logit + half))
-    return Estimate(float(value), low, high, len(scores), convention)
+    scores, groups = _check_both_classes(scores, positive)
+    value, (low, high) = float(_auroc(groups)), _delong(groups, groups)
+    ends = (low, high) if np.isfinite(low) else (None, None)
+    return Estimate(value, *ends, len(scores), f"positive class: {positive_class}; ties count one half")
 
 
 def accuracy_rejection(scores: Float[Array, "batch"], correct: Bool[Array, "batch"]) -> tuple[np.ndarray, np.ndarray]:
@@ -93,16 +208,20 @@ def accuracy_rejection(scores: Float[Array, "batch"], correct: Bool[Array, "batc
     return np.arange(n) / n, accuracy[::-1]
 
 
-def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
-    first, last = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-    return (first + last) / (2 * len(ordered))
-
-
-@jax.jit
-def _auroc(scores, positive):
-    ordered = jnp.argsort(scores)
-    negatives = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(~positive[ordered], dtype=jnp.int32)])
-    first, last = (jnp.searchsorted(scores[ordered], scores, side=side) for side in ("left", "right"))
-    share_below = (negatives[first] + negatives[last]) / (2 * negatives[-1])
-    value = jnp.where(positive, share_below, 0).sum() / positive.sum()
-    return jnp.where(jnp.isnan(scores).any(), jnp.nan, value)
+def _check_both_classes(scores, positive, weights=None) -> tuple[np.ndarray, Ranked]:
+    """(scores of the rows that weigh something, their groups) on the host; raises where `auroc` would be NaN."""
+    scores, positive = np.asarray(scores), np.asarray(positive)
+    groups = ranked(scores, positive, None if weights is None else np.asarray(weights))
+    kept = slice(None) if weights is None else np.asarray(weights) != 0
+    scores, positive = scores[kept], positive[kept]
+    if np.isnan(scores).any():
+        raise ValueError(
+            f"`scores` must not be NaN, got {int(np.isnan(scores).sum())} of {len(scores)}. Find out which rows they are."
+        )
+    total, positives = groups.totals()
+    if not 0 < positives < total:
+        raise ValueError(
+            f"`positive` must hold both classes, got {int((positive == 1).sum())} positives of {len(positive)}. "
+            "Join in-distribution and out-of-distribution rows before calling, as 0 and 1."
+        )
+    return scores, groups

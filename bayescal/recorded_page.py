@@ -1,0 +1,124 @@
+"""The page and the printed table of `python -m bayescal evaluate`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayescal import plots
+from bayescal.binning import reliability
+from bayescal.data.predictions import Recorded
+from bayescal.evaluate import columns, measure
+from bayescal.metrics import auroc, confidence_histogram, pit_histogram, risk_coverage_curve, smooth_curve, whole
+from bayescal.metrics.corp import consistency_band
+from bayescal.predictive import Gaussian
+from bayescal.report import Picture, Section, Table, figure_png, number, write_report
+
+FINE = 3840  # bins of the histogram that the diagram and the smooth curve are read from
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+    """Figures, conventions and notes on the terminal."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    members = f", {result['num_members']} members" if result["num_members"] > 1 else ""
+    table = RichTable(title=f"{result['source']}: {result['n']} rows{members}", title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    for column in ("value", "95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("convention", overflow="fold")
+    for name, e in result["metrics"].items():
+        value, interval = (*number(e).split(" ", 1), "")[:2]
+        table.add_row(name, value, interval, e.convention)
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
+    for line in result["notes"]:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def write_page(path: Path, recorded: Recorded, result: Mapping[str, Any], num_bins: int) -> None:
+    """One self-contained html file: figures with intervals, diagrams, groups and conventions.
+
+    Args:
+        path: where to write.
+        recorded: the predictions.
+        result: as `bayescal.recorded.evaluate_file` gives it.
+        num_bins: bins of the reliability diagram.
+    """
+    regression = isinstance(recorded.pred, Gaussian)
+    rows = [[name, e, e.convention] for name, e in result["metrics"].items()]
+    sections = [Section("Figures", "\n".join(result["notes"]), [Table(["metric", "value", "convention"], rows)])]
+    draw = _regression_pictures if regression else _classification_pictures
+    sections.extend(draw(recorded, num_bins))
+    if result.get("groups"):
+        names = list(next(iter(result["groups"].values())))
+        table = Table(["group", *names], [[label, *own.values()] for label, own in result["groups"].items()])
+        sections.append(Section("Groups", "Each group by itself; its interval takes its rows as independent.", [table]))
+    local = result.get("local_calibration")
+    if local is not None:
+        words = (
+            local
+            if isinstance(local, str)
+            else f"mean {local['mean']:.4f}, maximum {local['maximum']:.4f} ({local['convention']})."
+        )
+        sections.append(Section("Local calibration error", words))
+    stated = [[name, str(words)] for name, words in result["conventions"].items()]
+    sections.append(Section("Conventions", "", [Table(["what", "how"], stated)]))
+    members = f", {result['num_members']} members" if result["num_members"] > 1 else ""
+    lead = f"{result['n']} rows{members}. Values with 95 % intervals; each metric's convention is beside it."
+    write_report(path, f"{result['source']}", lead, sections)
+
+
+def _classification_pictures(recorded: Recorded, num_bins: int) -> list[Section]:
+    pred, targets, weights = recorded.pred, recorded.targets, recorded.weights
+    histograms = {"fine": confidence_histogram(num_bins=FINE), "bins": confidence_histogram(num_bins=num_bins)}
+    sums = measure(pred, targets, histograms, weights=weights)
+    metric = whole(auroc)
+    confidence, correct = columns(pred, targets, {"it": metric}, weights=weights)[metric.read]
+    curve, figures = smooth_curve(sums["fine"]), []
+
+    figure, axes = plots.panels(2)
+    bins = reliability(sums["bins"])
+    plots.reliability_diagram(
+        axes[0],
+        bins,
+        band=consistency_band(sums["bins"]),
+        curve=(curve.confidence, curve.accuracy),
+        gaps=True,
+        title="reliability of the top label",
+    )
+    plots.prediction_histogram(plots.below(axes[0]), bins.weight)
+    risk = risk_coverage_curve(confidence, correct, weights=weights)
+    plots.risk_coverage(
+        axes[1], {"risk": (risk.coverage, risk.risk)}, title="risk of what is answered", ylabel="error rate"
+    )
+    figures.append(Picture("reliability diagram and risk-coverage curve", figure_png(figure)))
+
+    right = {"correct": confidence[correct == 1], "wrong": confidence[correct == 0]}
+    if all(len(x) for x in right.values()):
+        figure, axes = plots.panels(1)
+        plots.score_histograms(axes[0], right, title="confidence of right and wrong predictions", xlabel="confidence")
+        axes[0].legend()
+        figures.append(Picture("confidence of right and wrong predictions", figure_png(figure)))
+    text = (
+        f"Points are the mean confidence and accuracy of {num_bins} bins of equal width with 95 % Wilson intervals, the grey "
+        "band is where a calibrated forecaster's bins would lie in 95 of 100 data sets, and the line is the smoothed "
+        f"reliability curve (kernel width {curve.sigma:.4f}). Risk is the error rate among the most confident predictions."
+    )
+    return [Section("Calibration and ranking", text, figures)]
+
+
+def _regression_pictures(recorded: Recorded, num_bins: int) -> list[Section]:
+    rows = recorded.targets.size
+    sums = measure(recorded.pred, recorded.targets, {"pit": pit_histogram(num_bins=num_bins)}, weights=recorded.weights)
+    density = np.asarray(pit_histogram(num_bins=num_bins).compute(sums["pit"])) * num_bins
+    half = 1.96 * np.sqrt((num_bins - 1) / rows)
+    figure, axes = plots.panels(1)
+    plots.pit_histogram(axes[0], density, band=(max(1 - half, 0), 1 + half), title="probability integral transform")
+    text = (
+        "Flat where forecasts are calibrated; the band holds 95 of 100 bins of a calibrated forecaster. Hollow in the "
+        "middle: too narrow. A hump: too wide. A slope: biased."
+    )
+    return [Section("Calibration", text, [Picture("PIT histogram", figure_png(figure))])]
