@@ -15,7 +15,8 @@ from bayescal.metrics.corp import consistency_band
 from bayescal.predictive import Gaussian
 from bayescal.report import Picture, Section, Table, figure_png, number, write_report
 
-FINE = 3840  # bins of the histogram that the diagram and the smooth curve are read from
+FINE = 3840  # bins of the histogram that the smooth curve is read from
+POINTS = 2000  # of a curve: more than a picture shows
 
 
 def print_table(result: Mapping[str, Any]) -> None:

@@ -19,11 +19,11 @@ from bayescal.metrics.binfree import ks_error, ks_test, kuiper_error, kuiper_tes
 from bayescal.metrics.calibration import calibration_error, confidence_histogram, squared_calibration_error
 from bayescal.metrics.classwise import classwise_error, group_calibration_error, top_label_conditional_error
 from bayescal.metrics.corp import consistency_band, corp, murphy, refinement, reliability_curve
-from bayescal.metrics.crps import crps, crps_ensemble, crps_gaussian, energy_score, variogram_score
+from bayescal.metrics.crps import crps, crps_ensemble, crps_gaussian, energy_score, mixture_crps, variogram_score
 from bayescal.metrics.events import Events, class_probs, one_class, top_label
 from bayescal.metrics.fine import binned_auroc, binned_ks_error
 from bayescal.metrics.inversion import gap_norm_interval, signed_square_interval
-from bayescal.metrics.joint import dyadic_nll, joint_nll
+from bayescal.metrics.joint import dyadic_nll, joint_log_prob, joint_nll
 from bayescal.metrics.kernel import all_classes, local_calibration_error, mmce, skce, skce_test
 from bayescal.metrics.likelihood import (
     accuracy,
@@ -55,6 +55,7 @@ from bayescal.metrics.ranking import (
     roc_curve,
 )
 from bayescal.metrics.regression import (
+    central_interval,
     coverage,
     interval_score,
     interval_width,
@@ -107,6 +108,7 @@ __all__ = [
     "brier",
     "calibration_curve",
     "calibration_error",
+    "central_interval",
     "class_probs",
     "classwise_equal_mass",
     "classwise_error",
@@ -136,6 +138,7 @@ __all__ = [
     "group_calibration_error",
     "interval_score",
     "interval_width",
+    "joint_log_prob",
     "joint_nll",
     "ks_error",
     "ks_test",
@@ -146,6 +149,7 @@ __all__ = [
     "member_metric",
     "miscalibration_area",
     "mixture_cdf",
+    "mixture_crps",
     "mixture_quantile",
     "mmce",
     "murphy",

@@ -15,6 +15,7 @@ from bayescal.types import Array
 
 DRAWN = "interval: percentiles of 500 resamples, seed 0"  # of order statistics, which have no influence
 Z95 = 1.959963984540054  # normal quantile of a 95 % interval
+MOST_SLOPES = 2**18  # groups of rows whose influence is found each by itself
 Rows = Bool[Array, "batch"] | Integer[Array, "batch"] | Float[Array, "batch"]
 
 
@@ -89,14 +90,16 @@ def influence_interval(formula):
 
     def interval(scores, positive, *, weights=None, **settings):
         groups, squares = groups_and_squares(scores, positive, weights)
-        fill = len(scores) - len(groups.weight)  # to one size, so that it compiles once
-        parts = [np.pad(x, (0, max(fill, 0))).astype(np.float32) for x in groups[:2]]
-        slopes = [
-            np.asarray(x, np.float64)[: len(groups.weight)] for x in _slopes(formula, parts, groups.unit, settings)
-        ]
+        value = float(read(formula, groups, **settings))
+        # A row's slope changes little from one rank to the next: neighbours share one where there are very many.
+        stride = -(-len(groups.weight) // MOST_SLOPES)
+        parts, squared = ([_gathered(x, stride) for x in sums[:2]] for sums in (groups, squares))
+        size = min(len(scores), MOST_SLOPES)  # filled up to one size, so that it compiles once
+        padded = [np.pad(x, (0, max(size - len(x), 0))).astype(np.float32) for x in parts]
+        slopes = [np.asarray(x, np.float64)[: len(parts[0])] for x in _slopes(formula, padded, groups.unit, settings)]
         of_positive, of_negative = slopes[0] + slopes[1], slopes[0]
-        squared = squares.positive * of_positive**2 + (squares.weight - squares.positive) * of_negative**2
-        value, half = float(read(formula, groups, **settings)), Z95 * float(np.sqrt(squared.sum()))
+        total = squared[1] * of_positive**2 + (squared[0] - squared[1]) * of_negative**2
+        half = Z95 * float(np.sqrt(total.sum()))
         return value - half, value + half
 
     return interval
@@ -170,6 +173,10 @@ def groups_and_squares(scores, positive, weights=None) -> tuple[Ranked, Ranked]:
         return groups, groups
     weights = np.asarray(weights, np.float64)
     return ranked(scores, positive, weights), ranked(scores, positive, weights**2)
+
+
+def _gathered(x: np.ndarray, stride: int) -> np.ndarray:
+    return x if stride == 1 else np.add.reduceat(x, np.arange(0, len(x), stride))
 
 
 @partial(jax.jit, static_argnums=0)
