@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bayescal.predictive import Predictive, check_predictive, check_targets_and_weights, take
+from bayescal.predictive import Predictive, all_good, check_predictive, check_targets_and_weights, take
 from bayescal.sharding import sum_over_processes
 from bayescal.types import Array, Estimate, Metric, WholeMetric
 
@@ -147,8 +147,10 @@ def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
 def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tuple[int, Predictive, Any, Array]]:
     """(first row, predictive, targets, weights) of equal size; the last is filled up with rows of weight 0.
 
+    The predictive's values are not looked at: `check_predictive` does.
+
     Raises:
-        ValueError: for rows that do not belong together or are unusable, when the batch is reached.
+        ValueError: for rows that do not belong together, targets or weights that are unusable.
     """
     targets = np.asarray(targets)
     check_targets_and_weights(pred, targets, weights)
@@ -169,7 +171,6 @@ def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tup
         if last > rows:
             mask = np.where(np.arange(first, last) < rows, mask, 0).astype(np.float32)
         batch = jax.device_put(pred if size == rows else take(pred, index))  # once, for all that read it
-        check_predictive(batch, first)
         yield first, batch, targets[index], mask
 
 
@@ -183,7 +184,9 @@ def _pass(pred, targets, metrics, weights, batch_size):
     reads = tuple(dict.fromkeys(m.read for m in metrics.values() if isinstance(m, WholeMetric)))
     rows, totals, pieces = len(np.asarray(targets)), None, []
     for first, batch, labels, mask in batches(pred, targets, weights, batch_size):
-        sums, columns = _measure(parts, reads, batch, labels, mask)
+        good, sums, columns = _measure(parts, reads, batch, labels, mask)
+        if batch.member_weights is not None or not good:
+            check_predictive(batch, first)
         sums = jax.tree.map(partial(np.asarray, dtype=np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         pieces.append(jax.tree.map(lambda x, left=rows - first: np.asarray(x)[:left], columns))
@@ -194,7 +197,8 @@ def _pass(pred, targets, metrics, weights, batch_size):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _measure(parts, reads, pred, targets, weights):
-    return tuple(part(pred, targets, weights) for part in parts), tuple(tuple(read(pred, targets)) for read in reads)
+    sums = tuple(part(pred, targets, weights) for part in parts)
+    return all_good(pred), sums, tuple(tuple(read(pred, targets)) for read in reads)
 
 
 def _compute(metric: WholeMetric, columns, weights) -> float:

@@ -8,7 +8,7 @@ import pytest
 import bayescal as bc
 from bayescal.binning import bin_index, histogram
 from bayescal.predictive import Probabilities, check_predictive
-from bayescal.predictive.checks import _all_good, _bad_rows
+from bayescal.predictive.checks import all_good, _bad_rows
 
 pytestmark = pytest.mark.core
 
@@ -67,10 +67,10 @@ def spoilt(probs, place, value):
 )
 def test_the_quick_check_never_hides_what_the_slow_one_finds(value, passes):
     probs = np.full((1, 64, 4), 0.25, np.float32)
-    assert _all_good(Probabilities(probs))
+    assert all_good(Probabilities(probs))
     pred = Probabilities(spoilt(probs, (0, 17, 2), value))
     found = any(np.asarray(x).any() for x in _bad_rows(pred))
-    assert found != passes and not (found and _all_good(pred))
+    assert found != passes and not (found and all_good(pred))
     if passes:
         check_predictive(pred)
     else:
@@ -81,7 +81,7 @@ def test_the_quick_check_never_hides_what_the_slow_one_finds(value, passes):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_the_quick_check_of_logits(value):
     pred = bc.Categorical(spoilt(np.zeros((2, 64, 4), np.float32), (1, 3, 2), value))
-    assert _all_good(bc.Categorical(np.zeros((2, 64, 4), np.float32))) and not _all_good(pred)
+    assert all_good(bc.Categorical(np.zeros((2, 64, 4), np.float32))) and not all_good(pred)
     if value == -np.inf:
         check_predictive(pred)  # one impossible class is no fault
     else:

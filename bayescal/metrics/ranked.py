@@ -93,7 +93,7 @@ def influence_interval(formula):
         value = float(read(formula, groups, **settings))
         # A row's slope changes little from one rank to the next: neighbours share one where there are very many.
         stride = -(-len(groups.weight) // MOST_SLOPES)
-        parts, squared = ([_gathered(x, stride) for x in sums[:2]] for sums in (groups, squares))
+        parts, squared = ([_gathered(np.asarray(x), stride) for x in sums[:2]] for sums in (groups, squares))
         size = min(len(scores), MOST_SLOPES)  # filled up to one size, so that it compiles once
         padded = [np.pad(x, (0, max(size - len(x), 0))).astype(np.float32) for x in parts]
         slopes = [np.asarray(x, np.float64)[: len(parts[0])] for x in _slopes(formula, padded, groups.unit, settings)]

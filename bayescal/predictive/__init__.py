@@ -5,7 +5,7 @@ Pooling happens in one function, `log_pool`, in log space; axes join in one func
 
 from bayescal.predictive.axes import Predictive, concatenate, merge_members, stack_experiments, swap_batch_axes, take
 from bayescal.predictive.categorical import Bernoulli, Categorical, pool
-from bayescal.predictive.checks import check_predictive, check_rows, check_targets_and_weights
+from bayescal.predictive.checks import all_good, check_predictive, check_rows, check_targets_and_weights
 from bayescal.predictive.gaussian import Gaussian, rescale, variance_of_means
 from bayescal.predictive.likelihoods import heteroscedastic, homoscedastic, one_logit
 from bayescal.predictive.mixture import float32_or_wider, log_pool, normalised_weights, weighted_sum
@@ -17,6 +17,7 @@ __all__ = [
     "Gaussian",
     "Predictive",
     "Probabilities",
+    "all_good",
     "check_predictive",
     "check_rows",
     "check_targets_and_weights",

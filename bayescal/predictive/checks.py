@@ -57,7 +57,7 @@ def check_predictive(pred: Predictive, first: int = 0) -> None:
                 "`member_weights` must be finite, not negative and not all zero for any example, got values from "
                 f"{given.min()} to {given.max()}. Give every example at least one member."
             )
-    if _all_good(pred):
+    if all_good(pred):
         return
     undefined, wrong = (np.asarray(x) for x in _bad_rows(pred))
     if undefined.any():
@@ -79,7 +79,7 @@ def check_predictive(pred: Predictive, first: int = 0) -> None:
 
 
 @jax.jit
-def _all_good(pred):
+def all_good(pred):
     """Whether least and largest values (NaN spreads to them) and sums show at a third of the cost of `_bad_rows` that it
     would find nothing. False says nothing."""
     if isinstance(pred, Probabilities):
