@@ -8,7 +8,7 @@ import pytest
 import bayescal as bc
 from bayescal.binning import bin_index, histogram
 from bayescal.predictive import Probabilities, check_predictive
-from bayescal.predictive.checks import all_good, _bad_rows
+from bayescal.predictive.checks import _bad_rows, all_good
 
 pytestmark = pytest.mark.core
 
