@@ -7,9 +7,12 @@ import matplotlib
 import pytest
 from conftest import REPOSITORY
 
+import bayescal as bc
+
 README = (REPOSITORY / "README.md").read_text()
-RUNNING = (REPOSITORY / "docs" / "running.md").read_text()
-BLOCKS = [block for page in (README, RUNNING) for block in re.findall(r"```python\n(.*?)```", page, flags=re.S)]
+DOCS = [path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [README, *DOCS]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page, flags=re.S)]
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -23,17 +26,27 @@ def test_there_is_a_runnable_block():
 
 
 def test_files_named_in_the_readme_exist():
-    names = set(re.findall(r"[\w/]+\.(?:py|yaml|png|md)\b", README + RUNNING)) - {"train.py"}
+    names = set(re.findall(r"[\w/]+\.(?:py|yaml|png|md)\b", "".join(PAGES))) - {"train.py"}
     assert names
     for name in names:
         assert (REPOSITORY / name).exists() or name.startswith("runs/"), name
 
 
 def test_public_names_in_the_readme_exist():
-    import bayescal as bc
-
-    for name in set(re.findall(r"\bbc\.([A-Za-z_]\w*)", README + RUNNING)):
+    for name in set(re.findall(r"\bbc\.([A-Za-z_]\w*)", "".join(PAGES))):
         assert hasattr(bc, name), name
+
+
+def test_the_table_of_metrics_is_complete():
+    """Every public name of the metrics is in the page, and every name in its table exists."""
+    import bayescal.metrics as metrics
+
+    page = (REPOSITORY / "docs" / "metrics.md").read_text()
+    named = set(re.findall(r"`([A-Za-z_]+)(?:\(|`)", page[page.index("## All of them") :]))
+    assert set(metrics.__all__) - named == set(), "not in docs/metrics.md"
+    settings = {"groups", "weights"}
+    unknown = {n for n in named if not hasattr(metrics, n) and not hasattr(bc, n)} - settings
+    assert not unknown, unknown
 
 
 def test_notebook_runs(monkeypatch):
