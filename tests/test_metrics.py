@@ -274,3 +274,16 @@ def test_stored_oracles():
 def test_bad_input(unchecked, call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_densities_have_no_classes(unchecked):
+    normal = bc.Gaussian(np.zeros((1, 4, 1), np.float32), np.ones((1, 4, 1), np.float32))
+    y = np.zeros((4, 1), np.float32)
+    for metric in (
+        bc.brier(),
+        bc.calibration_error(),
+        bc.calibration_error(events=bc.one_class(0)),
+        bc.classwise_error(),
+    ):
+        with pytest.raises(TypeError, match="does not exist for Gaussian"):
+            bc.evaluate(normal, y, {"it": metric})

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
-from bayescal.predictive import Predictive
+from bayescal.predictive import Gaussian, Predictive
+from bayescal.predictive.mixture import refuse
 from bayescal.types import Array
 
 Outcome = Bool[Array, "batch"] | Integer[Array, "batch"] | Float[Array, "batch"]  # 1 where it happened, else 0
@@ -58,6 +59,15 @@ def one_class(label: int) -> Events:
 
 
 def class_probs(pred: Predictive) -> Float[jax.Array, "batch classes"]:
-    """Probability of every class under the pool, two columns for a family of one logit."""
+    """Probability of every class under the pool, two columns for a family of one logit.
+
+    Args:
+        pred: predictive of classes.
+
+    Raises:
+        TypeError: for normal distributions, which have no classes.
+    """
+    if isinstance(pred, Gaussian):
+        refuse("Gaussian", "class_probs", "For densities use `nll`, `crps` and the metrics of regression.")
     probs = pred.pooled_mean()
     return jnp.stack([1 - probs, probs], -1) if probs.ndim == len(pred.batch_shape) else probs

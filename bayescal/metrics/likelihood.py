@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bayescal.binning import wilson_interval
+from bayescal.metrics.events import class_probs
 from bayescal.predictive import Gaussian, Predictive, weighted_sum
 from bayescal.types import Array, Metric
 
@@ -164,7 +165,7 @@ def brier(*, scale: Literal["sum", "half"] = "sum") -> Metric:
         raise ValueError(f"`scale` must be 'sum' or 'half', got {scale!r}. Brier 1950 sums over all classes.")
 
     def score(pred, targets):
-        probs = jnp.exp(pred.log_probs())
+        probs = class_probs(pred)
         total = ((probs - jax.nn.one_hot(targets, probs.shape[-1])) ** 2).sum(-1)
         return total if scale == "sum" else total / 2
 
@@ -182,7 +183,7 @@ def spherical_score() -> Metric:
     """
 
     def score(pred, targets):
-        return jnp.exp(pred.log_prob(targets)) / jnp.sqrt(jnp.exp(2 * pred.log_probs()).sum(-1))
+        return jnp.exp(pred.log_prob(targets)) / jnp.linalg.norm(class_probs(pred), axis=-1)
 
     return mean_metric(score, "of the pool, positive orientation")._replace(better="higher")
 
@@ -199,7 +200,7 @@ def ranked_probability_score(*, normalised: bool = False) -> Metric:
     """
 
     def score(pred, targets):
-        cumulative = jnp.cumsum(jnp.exp(pred.log_probs()), -1)[..., :-1]
+        cumulative = jnp.cumsum(class_probs(pred), -1)[..., :-1]
         reached = jnp.asarray(targets)[..., None] <= jnp.arange(cumulative.shape[-1])
         total = ((cumulative - reached.astype(cumulative.dtype)) ** 2).sum(-1)
         return total / cumulative.shape[-1] if normalised else total

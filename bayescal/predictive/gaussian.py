@@ -84,6 +84,10 @@ class Gaussian(Mixture):
         """Normal distributions have no classes."""
         refuse("Gaussian", "log_probs", "For densities use `log_prob(targets)`, and `nll` as the metric.")
 
+    def top_label(self):
+        """Normal distributions have no classes."""
+        refuse("Gaussian", "top_label", "Metrics of regression are in `docs/metrics.md`.")
+
     def entropy(self):
         """A mixture of normals has no entropy in closed form."""
         refuse("Gaussian", "entropy", "Use `decompose` (variance) or `member_entropy`.")

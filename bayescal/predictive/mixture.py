@@ -1,6 +1,6 @@
 """Weights of members, pooling in log space, and the checks that all families share."""
 
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ def check_target_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> None:
         )
 
 
-def refuse(family: str, what: str, remedy: str):
+def refuse(family: str, what: str, remedy: str) -> NoReturn:
     """Raises TypeError for what a family of predictives cannot have."""
     raise TypeError(f"`{what}` does not exist for {family}: expected a family that has it, got {family}. {remedy}")
 
