@@ -4,18 +4,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bayescal import plots
 from bayescal.binning import reliability
 from bayescal.data.predictions import Recorded
 from bayescal.evaluate import columns, measure
-from bayescal.metrics import auroc, confidence_histogram, pit_histogram, risk_coverage_curve, smooth_curve, whole
+from bayescal.metrics import (
+    auroc,
+    confidence_histogram,
+    pit_diagram,
+    pit_histogram,
+    risk_coverage_curve,
+    smooth_curve,
+    whole,
+)
 from bayescal.metrics.corp import consistency_band
 from bayescal.predictive import Gaussian
 from bayescal.report import Picture, Section, Table, figure_png, number, write_report
 
 FINE = 3840  # bins of the histogram that the smooth curve is read from
+MOST_DIMENSIONS = 3  # of regression targets that are drawn
 POINTS = 2000  # of a curve: more than a picture shows
 
 
@@ -112,12 +119,13 @@ def _classification_pictures(recorded: Recorded, num_bins: int) -> list[Section]
 
 
 def _regression_pictures(recorded: Recorded, num_bins: int) -> list[Section]:
-    rows = recorded.targets.size
     sums = measure(recorded.pred, recorded.targets, {"pit": pit_histogram(num_bins=num_bins)}, weights=recorded.weights)
-    density = np.asarray(pit_histogram(num_bins=num_bins).compute(sums["pit"])) * num_bins
-    half = 1.96 * np.sqrt((num_bins - 1) / rows)
-    figure, axes = plots.panels(1)
-    plots.pit_histogram(axes[0], density, band=(max(1 - half, 0), 1 + half), title="probability integral transform")
+    diagram = pit_diagram(sums["pit"])
+    shown = min(len(diagram.density), MOST_DIMENSIONS)
+    figure, axes = plots.panels(shown)
+    for one, density, low, high, dim in zip(axes, *diagram, range(shown), strict=False):
+        name = "probability integral transform" + (f", dimension {dim}" if len(diagram.density) > 1 else "")
+        plots.pit_histogram(one, density, band=(low, high), title=name)
     text = (
         "Flat where forecasts are calibrated; the band holds 95 of 100 bins of a calibrated forecaster. Hollow in the "
         "middle: too narrow. A hump: too wide. A slope: biased."

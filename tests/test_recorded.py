@@ -235,3 +235,42 @@ def test_the_command_writes_figures_and_a_page(rng, tmp_path, capsys):
     assert "groups" in json.dumps(found["conventions"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "closed on the right" in page and page.count("data:image/png") >= 2
+
+
+def test_regression_writes_figures_and_a_page(rng, tmp_path):
+    mean, noise = rng.normal(size=(2, 3, 80, 2)).astype(np.float32)
+    variance = np.full_like(mean, 0.5)
+    np.savez(tmp_path / "a.npz", mean=mean, variance=variance, targets=mean.mean(0) + noise[0])
+    found = evaluate_file(tmp_path / "a.npz", out=tmp_path / "out")["metrics"]
+    assert {"rmse", "nll", "crps", "coverage_90", "sharpness", "quantile_calibration_error", "ence"} <= set(found)
+    np.testing.assert_allclose(found["rmse"].value, np.sqrt((noise[0] ** 2).mean()), rtol=1e-5)
+    parts = [found[name].value for name in ("total", "aleatoric", "epistemic")]
+    np.testing.assert_allclose(parts, [parts[1] + parts[2], 1.0, mean.var(0).sum(-1).mean()], rtol=1e-5)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png") == 1 and "quantile_calibration_error" in page
+
+
+def test_weights_groups_and_features(rng, tmp_path):
+    """Groups are listed and widen intervals where their rows repeat; features give the local calibration error."""
+    _, probs, labels = rows(rng, n=60)
+    repeated = {"probs": np.tile(probs, (4, 1)), "labels": np.tile(labels, 4), "weights": np.full(240, 2.0)}
+    np.savez(tmp_path / "plain.npz", **repeated)
+    np.savez(
+        tmp_path / "groups.npz", **repeated, groups=np.tile(np.arange(60) % 20, 4), features=rng.normal(size=(240, 3))
+    )
+    plain, grouped = (evaluate_file(tmp_path / f"{name}.npz") for name in ("plain", "groups"))
+    width = lambda found: found["metrics"]["nll"].high - found["metrics"]["nll"].low
+    assert grouped["metrics"]["nll"].value == plain["metrics"]["nll"].value and width(grouped) > 1.5 * width(plain)
+    assert len(grouped["groups"]) == 20 and 0 <= grouped["local_calibration"]["mean"] <= 1
+    assert plain["metrics"]["ece"].low is not None and "groups" not in plain
+
+
+def test_bootstrap_option(rng, tmp_path, capsys):
+    _, probs, labels = rows(rng, n=60)
+    np.savez(tmp_path / "a.npz", probs=probs, labels=labels)
+    assert main(["evaluate", str(tmp_path / "a.npz"), "--bootstrap", "50", "--seed", "3"]) == 0
+    assert "percentile" in capsys.readouterr().out
+    with_seed = [
+        evaluate_file(tmp_path / "a.npz", num_replicates=50, seed=seed)["metrics"]["nll"].low for seed in (3, 3, 4)
+    ]
+    assert with_seed[0] == with_seed[1] != with_seed[2]
