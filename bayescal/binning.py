@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from bayescal.types import Array
 
 Closed = Literal["right", "left"]
+Z95 = 1.959963984540054  # normal quantile of a 95 % interval
 
 
 class Histogram(NamedTuple):
@@ -45,10 +46,18 @@ class Histogram(NamedTuple):
         return self.weight**2 / xp.where(self.weight_square > 0, self.weight_square, 1)
 
     def error_variance(self):
-        """Sampling variance of each bin's mean gap, from the rows' own spread; 0 in bins of at most one row."""
+        """Sampling variance of each bin's mean gap, from the rows' own spread; 0 in bins of at most one row.
+
+        At least what calibration implies, or Agresti and Coull's variance of the accuracy, whichever is less: where all
+        rows went one way, as rare events do, their spread is nothing, and the noise is not.
+        """
         xp, rows, gap = namespace(self.weight), self.rows(), self.gaps()
-        spread = xp.maximum(self.square / xp.where(self.weight > 0, self.weight, 1) - gap**2, 0)
-        return xp.where(rows > 1, spread / xp.where(rows > 1, rows - 1, 1), 0)
+        per_row = 1 / xp.where(self.weight > 0, self.weight, 1)
+        spread = xp.maximum(self.square * per_row - gap**2, 0)
+        mean = xp.clip(self.confidence * per_row, 0, 1)
+        implied = mean * (1 - mean) / xp.where(rows > 1, rows, 1)
+        least = xp.minimum(implied, proportion_variance(self.accuracy(), rows))
+        return xp.where(rows > 1, xp.maximum(spread / xp.where(rows > 1, rows - 1, 1), least), 0)
 
 
 class Reliability(NamedTuple):
@@ -171,7 +180,19 @@ def reliability(sums: Histogram) -> Reliability:
     return Reliability(mean, accuracy, low, high, weight)
 
 
-def wilson_interval(rate, n, z: float = 1.959963984540054):
+def proportion_variance(rate, n):
+    """Sampling variance of a proportion, of 1.92 successes and failures more than were seen; above 0 where all are alike.
+
+    Args:
+        rate: observed proportion, in [0, 1].
+        n: number of trials.
+    Source: Agresti and Coull 1998 (recalled, formula not checked against the paper).
+    """
+    shrunk = (rate * n + Z95**2 / 2) / (n + Z95**2)
+    return shrunk * (1 - shrunk) / (n + Z95**2)
+
+
+def wilson_interval(rate, n, z: float = Z95):
     """Wilson score interval of a proportion: (low, high), arrays like `rate`; NaN for n = 0.
 
     Args:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from bayescal.evaluate import Z95, batches, columns, evaluate, row_influences, row_sums, standard_error
+from bayescal.evaluate import Z95, batches, evaluate, read_columns, row_influences, row_sums, standard_error
 from bayescal.predictive import Predictive
 from bayescal.types import Estimate, Key, Metric, WholeMetric
 
@@ -65,7 +65,7 @@ def compare(
         ValueError: for an irregular metric, replicates without a key or fewer than 40, and as `evaluate`.
     Source: Jaeckel 1972 (influence); Efron 1979 (bootstrap).
     """
-    _check_regular({"metric": metric})
+    _check_regular({"metric": metric}, resampling=key is not None)
     if key is None and num_replicates is not None:
         raise ValueError(
             f"`num_replicates` is of the bootstrap, which needs a key, got {num_replicates} and key None. "
@@ -129,7 +129,7 @@ def bootstrap_intervals(
         ValueError: for an irregular metric (ECE and its kin), too few replicates, a single group, and as `evaluate`.
     Source: Efron 1979; Rubin 1981 and Hanley and MacGibbon 2006 for Poisson weights (recalled).
     """
-    _check_regular(metrics)
+    _check_regular(metrics, resampling=True)
     values = evaluate(pred, targets, metrics, weights=weights, batch_size=batch_size)
     draws = _replicates(pred, targets, metrics, key, num_replicates, weights, groups, batch_size)
     result = {}
@@ -160,7 +160,8 @@ def _replicates(pred, targets, metrics, key, number, weights, groups, batch_size
     streaming = {name: m for name, m in metrics.items() if not isinstance(m, WholeMetric)}
     whole = {name: m for name, m in metrics.items() if isinstance(m, WholeMetric)}
     values = _of_sums(pred, targets, streaming, key, number, weights, place) if streaming else {}
-    read = columns(pred, targets, whole, weights=weights, batch_size=batch_size) if whole else {}
+    same = {"weights": weights, "batch_size": batch_size}
+    read = {kind: read_columns(pred, targets, kind, **same) for kind in {m.read for m in whole.values()}}
     for name, metric in whole.items():
         values[name] = _of_columns(metric.compute, read[metric.read], key, number, weights, place)
     return values
@@ -249,8 +250,14 @@ def _poisson(key, block, shape):
     return sum((bits < np.uint16(round(2**16 * p))).astype(jnp.float32) for p in at_least)
 
 
-def _check_regular(metrics) -> None:
-    irregular = [name for name, metric in metrics.items() if not metric.regular]
+def _check_regular(metrics, resampling: bool) -> None:
+    order = [name for name, m in metrics.items() if isinstance(m, WholeMetric) and m.order_statistic]
+    if order and not resampling:
+        raise ValueError(
+            f"`metric` must be smooth in the rows' weights to be compared without resampling, got {order}, an order statistic. "
+            "Pass `key=jax.random.key(0)` for the paired bootstrap."
+        )
+    irregular = [name for name, metric in metrics.items() if not metric.regular and name not in order]
     if irregular:
         raise ValueError(
             f"`metrics` must be regular to be resampled or compared, got {irregular}. Noise adds to a norm of gaps, and "

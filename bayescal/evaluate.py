@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bayescal.binning import Z95
 from bayescal.predictive import Predictive, all_good, check_predictive, check_targets_and_weights, take
 from bayescal.sharding import sum_over_processes
 from bayescal.types import Array, Estimate, Metric, WholeMetric
-
-Z95 = 1.959963984540054  # normal quantile of a 95 % interval
 
 
 def evaluate(
@@ -56,11 +55,11 @@ def evaluate(
         if isinstance(metric, WholeMetric):
             known, value = (*columns[metric.read], _float32(weights)), _compute(metric, columns, weights)
         else:
-            known, value = (sums[name],), float(metric.compute(sums[name]))
+            known, value = (sums[name],), _number(name, metric.compute(sums[name]))
         low, high = None, None
-        if metric.interval and groups is None:
+        if metric.interval and groups is None and n > 1:
             low, high = metric.interval(*known)
-        elif metric.regular and n > 1:
+        if low is None and metric.regular and n > 1:
             influence = _influences(metric, pred, targets, weights, batch_size, sums.get(name), columns)
             half = Z95 * standard_error(influence, weights, groups)
             low, high = value - half, value + half
@@ -74,11 +73,13 @@ def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights
     return _pass(pred, targets, metrics, weights, batch_size)[0]
 
 
-def columns(
-    pred: Predictive, targets, metrics: Mapping[str, WholeMetric], *, weights=None, batch_size: int = 2**16
-) -> dict:
-    """The columns that metrics of whole columns read, numpy arrays of all rows: `metric.read` -> columns. As `evaluate`."""
-    return _pass(pred, targets, metrics, weights, batch_size)[1]
+def read_columns(pred: Predictive, targets, read, *, weights=None, batch_size: int = 2**16) -> tuple[np.ndarray, ...]:
+    """The columns of all rows that `read(pred, targets)` gives, such as confidence and correctness of `top_label().read`.
+
+    Numpy arrays (rows, ...), read batch by batch; checks, and raises, as `evaluate`.
+    """
+    metric = WholeMetric(read, lambda *columns: None)
+    return _pass(pred, targets, {"it": metric}, weights, batch_size)[1][read]
 
 
 def row_influences(
@@ -116,6 +117,8 @@ def standard_error(influences: np.ndarray, weights=None, groups=None) -> float:
     if groups is None:
         return float(np.sqrt((moved**2).sum()))
     labels = np.asarray(groups)
+    if labels.shape == moved.shape and weights is not None:
+        moved, labels = moved[np.asarray(weights) > 0], labels[np.asarray(weights) > 0]
     _, place = np.unique(labels, return_inverse=True)
     if labels.shape != moved.shape or place.max() < 1:
         raise ValueError(
@@ -199,6 +202,15 @@ def _pass(pred, targets, metrics, weights, batch_size):
 def _measure(parts, reads, pred, targets, weights):
     sums = tuple(part(pred, targets, weights) for part in parts)
     return all_good(pred), sums, tuple(tuple(read(pred, targets)) for read in reads)
+
+
+def _number(name: str, value) -> float:
+    if np.ndim(value) or isinstance(value, tuple | dict):
+        raise TypeError(
+            f"`{name}` must be a metric of one number, got {type(value).__name__}. Read its sums with "
+            "`bayescal.evaluate.measure`."
+        )
+    return float(value)
 
 
 def _compute(metric: WholeMetric, columns, weights) -> float:

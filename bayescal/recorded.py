@@ -1,8 +1,9 @@
 """Anybody's predictions from a file to figures: `python -m bayescal evaluate FILE`, and the same as a function."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from bayescal.compare import bootstrap_intervals
 from bayescal.data.predictions import Recorded, read_predictions
 from bayescal.decompose import decompose
-from bayescal.evaluate import columns, evaluate
+from bayescal.evaluate import evaluate, read_columns
 from bayescal.metrics import (
     accuracy,
     augrc,
@@ -18,7 +19,7 @@ from bayescal.metrics import (
     auroc,
     brier,
     calibration_error,
-    classwise_error,
+    classwise_calibration_error,
     coverage,
     crps,
     expected_normalised_calibration_error,
@@ -28,8 +29,9 @@ from bayescal.metrics import (
     quantile_calibration_error,
     root_mean_squared_error,
     sharpness,
-    smooth_error,
+    smooth_calibration_error,
     squared_calibration_error,
+    top_label,
     whole,
     zero_probability_rows,
 )
@@ -84,9 +86,15 @@ def assess(
     """As `evaluate_file`, for predictions at hand: see there."""
     pred, targets, groups = recorded.pred, recorded.targets, recorded.groups
     regression = isinstance(pred, Gaussian)
+    if regression and clip is not None:
+        raise ValueError(
+            f"`clip` is a smallest probability, got {clip} for densities (mean and variance), whose size depends on the "
+            "targets' unit. Leave it out."
+        )
     metrics = regression_metrics() if regression else classification_metrics(clip=clip, num_bins=num_bins)
     if pred.num_members > 1:
-        metrics |= decomposition_metrics(regression)
+        kind = "variance" if regression else "entropy"
+        metrics |= {name: uncertainty_part(name, of=kind) for name in ("total", "aleatoric", "epistemic")}
     rows: dict[str, Any] = {"weights": recorded.weights, "groups": groups}
     estimates = evaluate(pred, targets, metrics, **rows)
     if num_replicates:
@@ -123,8 +131,8 @@ def classification_metrics(*, clip: float | None = None, num_bins: int = 15) -> 
         "mce": calibration_error(num_bins=num_bins, norm=float("inf")),
         "ece_debiased": calibration_error(num_bins=num_bins, debiased=True),
         "squared_ece_debiased": squared_calibration_error(num_bins=num_bins),
-        "smooth_ece": smooth_error(),
-        "classwise_ece": classwise_error(num_bins=num_bins),
+        "smooth_ece": smooth_calibration_error(),
+        "classwise_ece": classwise_calibration_error(num_bins=num_bins),
         "auroc_correctness": whole(auroc),
         "aurc": whole(aurc),
         "augrc": whole(augrc),
@@ -145,39 +153,43 @@ def regression_metrics() -> dict[str, Metric | WholeMetric]:
     }
 
 
-def decomposition_metrics(regression: bool = False) -> dict[str, Metric]:
-    """Means over rows of each prediction's total, aleatoric and epistemic uncertainty.
+@cache
+def uncertainty_part(name: str, *, of: Literal["entropy", "variance"] = "entropy") -> Metric:
+    """Mean over rows of the "total", "aleatoric" or "epistemic" part of each prediction's uncertainty.
 
     Args:
-        regression: variances in squared unit, summed over dim, instead of entropies in nats.
+        name: of the part.
+        of: "entropy" of classes, in nats; "variance" of normals in squared unit, summed over dim.
     """
-    unit = "variance, sum over dim" if regression else "entropy, nats"
 
-    def part(name):
-        def score(pred, _):
-            value = getattr(decompose(pred), name)
-            return value.sum(-1) if regression else value
+    def score(pred, _):
+        value = getattr(decompose(pred), name)
+        return value.sum(-1) if of == "variance" else value
 
-        return mean_metric(score, f"{name} part of the {unit}; mean over rows")._replace(better="neither")
-
-    return {name: part(name) for name in ("total", "aleatoric", "epistemic")}
+    unit = {"entropy": "nats", "variance": "sum over dim"}[of]
+    return mean_metric(score, f"{name} part of the {of}, {unit}; mean over rows")._replace(better="neither")
 
 
 def _conventions(recorded: Recorded, clip, num_bins, num_replicates, seed) -> dict[str, Any]:
-    members = recorded.pred.num_members
+    members, grouped = recorded.pred.num_members, recorded.groups is not None
     ways = "own closed form or test inversion where the metric has one, else normal from the rows' influence"
+    if grouped:
+        ways = "normal from influence summed over groups; none for norms of gaps (ECE and kin)"
     if num_replicates:
-        ways = f"percentile bootstrap, {num_replicates} replicates, seed {seed}; irregular metrics (ECE and kin) by inversion"
-    return {
+        ways = f"percentile bootstrap of {'groups' if grouped else 'rows'}, {num_replicates} replicates, seed {seed}; "
+        ways += "none for norms of gaps (ECE and kin)" if grouped else "norms of gaps (ECE and kin) by test inversion"
+    stated = {
         "interval": f"95 %; {ways}",
         "pooling": f"the {members} members' distributions are averaged first" if members > 1 else "one member",
+        "groups": "rows of one of the groups are not independent" if grouped else "rows are independent",
+        "weights": "all rows alike" if recorded.weights is None else "rows weigh as the file says",
+    }
+    if isinstance(recorded.pred, Gaussian):
+        return stated
+    return stated | {
         "events": "top label: the most probable class (ties to the lowest index) is the label",
         "bins": f"{num_bins} of equal width, closed on the right, zero in the first",
         "clip": "none: a label of probability zero makes the NLL infinite" if clip is None else clip,
-        "groups": "rows are independent"
-        if recorded.groups is None
-        else "rows of one of the groups are not independent",
-        "weights": "all rows alike" if recorded.weights is None else "rows weigh as the file says",
     }
 
 
@@ -186,14 +198,17 @@ def _notes(recorded: Recorded, estimates: Mapping[str, Estimate]) -> list[str]:
     zero = estimates.get("zero_probability_rows")
     if zero is not None and zero.value:
         notes.append(
-            f"{round(zero.value)} of {len(recorded.targets)} rows have a label of probability zero, whose NLL is infinite "
-            "unless it is clipped (`--clip 1e-12`)."
+            f"{round(zero.value)} of {len(recorded.targets)} rows have a label of probability zero (or below 1e-38, "
+            "which float32 does not hold), whose NLL is infinite unless it is clipped (`--clip 1e-12`)."
         )
     if recorded.unused:
         notes.append(f"Not used, since the names mean nothing here: {', '.join(recorded.unused)}.")
+    if recorded.features is not None and isinstance(recorded.pred, Gaussian):
+        notes.append("Features are not used: local calibration is that of classes.")
     missing = [name for name, e in estimates.items() if e.low is None and np.isfinite(e.value) and name[:4] != "zero"]
     if missing:
-        notes.append(f"Without an interval, since none is sound for these data: {', '.join(missing)}.")
+        why = "for rows in groups" if recorded.groups is not None else "for these data"
+        notes.append(f"Without an interval, since none is known to be sound {why}: {', '.join(missing)}.")
     undefined = [name for name, e in estimates.items() if np.isnan(e.value)]
     if undefined:
         notes.append(
@@ -225,11 +240,12 @@ def _local(recorded: Recorded, num_bins) -> dict[str, Any] | str:
     features = np.asarray(recorded.features, np.float32).reshape(len(recorded.targets), -1)
     if len(features) > MOST_NEIGHBOURS:
         return f"left out: it looks at every pair of rows, and there are {len(features)}, more than {MOST_NEIGHBOURS}"
-    metric = whole(auroc)
-    confidence, correct = columns(recorded.pred, recorded.targets, {"it": metric})[metric.read]
-    spread = features.std(0)
-    scaled = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
-    found = local_calibration_error(confidence, correct, scaled, weights=recorded.weights, num_bins=num_bins)
+    confidence, correct = read_columns(recorded.pred, recorded.targets, top_label().read)
+    weights = np.ones(len(features)) if recorded.weights is None else np.asarray(recorded.weights, np.float64)
+    mean = np.average(features, axis=0, weights=weights)
+    spread = np.sqrt(np.average((features - mean) ** 2, axis=0, weights=weights))
+    scaled = ((features - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
+    found = local_calibration_error(confidence, correct, scaled, weights=weights.astype(np.float32), num_bins=num_bins)
     return {
         "mean": float(found.mean),
         "maximum": float(found.maximum),

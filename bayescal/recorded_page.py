@@ -7,15 +7,14 @@ from typing import Any
 from bayescal import plots
 from bayescal.binning import reliability
 from bayescal.data.predictions import Recorded
-from bayescal.evaluate import columns, measure
+from bayescal.evaluate import measure, read_columns
 from bayescal.metrics import (
-    auroc,
     confidence_histogram,
     pit_diagram,
     pit_histogram,
     risk_coverage_curve,
     smooth_curve,
-    whole,
+    top_label,
 )
 from bayescal.metrics.corp import consistency_band
 from bayescal.predictive import Gaussian
@@ -83,8 +82,7 @@ def _classification_pictures(recorded: Recorded, num_bins: int) -> list[Section]
     pred, targets, weights = recorded.pred, recorded.targets, recorded.weights
     histograms = {"fine": confidence_histogram(num_bins=FINE), "bins": confidence_histogram(num_bins=num_bins)}
     sums = measure(pred, targets, histograms, weights=weights)
-    metric = whole(auroc)
-    confidence, correct = columns(pred, targets, {"it": metric}, weights=weights)[metric.read]
+    confidence, correct = read_columns(pred, targets, top_label().read, weights=weights)
     curve, figures = smooth_curve(sums["fine"]), []
 
     figure, axes = plots.panels(2)

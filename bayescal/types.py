@@ -200,6 +200,7 @@ class WholeMetric(NamedTuple):
         nothing, None = all rows alike.
     interval: `(*columns, weights | None) -> (low, high)` at 95 % on the host; else that of the rows' influence.
     convention, better, regular: as in `Metric`.
+    order_statistic: an irregular metric for which the bootstrap is sound, though influence is not (FPR at 95 % TPR).
     """
 
     read: Callable[[Any, Any], tuple[Any, ...]]
@@ -208,6 +209,7 @@ class WholeMetric(NamedTuple):
     convention: str = ""
     better: str = "lower"
     regular: bool = True
+    order_statistic: bool = False
 
 
 @dataclass_transform(frozen_default=True)

@@ -28,11 +28,11 @@ from bayescal.compare import bootstrap_intervals
 from bayescal.config import load_config
 from bayescal.evaluate import measure
 from bayescal.metrics.calibration import calibration_error, squared_calibration_error
-from bayescal.metrics.classwise import classwise_error
+from bayescal.metrics.classwise import classwise_calibration_error
 from bayescal.metrics.crps import crps_ensemble, crps_gaussian
 from bayescal.metrics.ranking import auroc
 from bayescal.metrics.selective import augrc, aurc
-from bayescal.metrics.smooth import smooth_error
+from bayescal.metrics.smooth import smooth_calibration_error
 from bayescal.metrics.whole import whole
 from bayescal.predictive import Probabilities
 
@@ -212,8 +212,8 @@ def standard_metrics() -> dict[str, Any]:
         "mce": calibration_error(norm=float("inf")),
         "ece_debiased": calibration_error(debiased=True),
         "squared_ece": squared_calibration_error(),
-        "smooth_ece": smooth_error(),
-        "classwise_ece": classwise_error(),
+        "smooth_ece": smooth_calibration_error(),
+        "classwise_ece": classwise_calibration_error(),
         "auroc_correctness": whole(auroc),
         "aurc": whole(aurc),
         "augrc": whole(augrc),
@@ -231,7 +231,7 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "ECE unchecked": (unchecked(ECE), {"torchmetrics": torchmetrics_ece_unchecked, "netcal": netcal_ece}),
     "AUROC": (lambda x: lambda: auroc(x.confidence, x.correct), {"torchmetrics": torchmetrics_auroc}),
     "AUROC and AURC": (our_ranking, {"torchmetrics + torch-uncertainty": torch_ranking}),
-    "smooth ECE": (streaming(smooth_error()), {"relplot": relplot_smooth}),
+    "smooth ECE": (streaming(smooth_calibration_error()), {"relplot": relplot_smooth}),
     "Brier": (streaming(bc.brier()), {"sklearn": sklearn_brier}),
     "log loss": (streaming(bc.nll()), {"sklearn": sklearn_log_loss}),
     "AUROC one-vs-rest": (our_one_vs_rest, {"sklearn": sklearn_one_vs_rest}),

@@ -15,7 +15,7 @@ def smoothed(probability, mass, sigma, t):
     return sum(m * reflected_gaussian(t, p, sigma) for p, m in zip(probability, mass))
 
 
-def smooth_error(probability, outcome, weights, sigma, points=4001):
+def smooth_calibration_error(probability, outcome, weights, sigma, points=4001):
     t = np.linspace(0, 1, points)
     residual = smoothed(probability, weights * (probability - outcome), sigma, t) / weights.sum()
     return np.trapezoid(np.abs(residual), t)
@@ -25,7 +25,7 @@ def smooth_fixed_point(probability, outcome, weights, steps=17):
     low, high = 1e-3, 1.0
     for _ in range(steps):
         middle = math.sqrt(low * high)
-        above = smooth_error(probability, outcome, weights, middle, 1001) > middle
+        above = smooth_calibration_error(probability, outcome, weights, middle, 1001) > middle
         low, high = (middle, high) if above else (low, middle)
     return high
 

@@ -91,7 +91,7 @@ def squared_calibration_error(p, y, w=None, num_bins=15):
     return square_of(cells, [b.weight / sum(c.weight for c in cells) for b in cells])
 
 
-def classwise_error(probs, targets, w=None, *, num_bins=15, threshold=0.0, **how):
+def classwise_calibration_error(probs, targets, w=None, *, num_bins=15, threshold=0.0, **how):
     w = np.ones(len(targets)) if w is None else w
     classes = probs.shape[1]
     cells, shares = [], []
@@ -103,7 +103,7 @@ def classwise_error(probs, targets, w=None, *, num_bins=15, threshold=0.0, **how
     return norm_of(cells, shares, **how)
 
 
-def top_label_conditional_error(probs, targets, w=None, *, num_bins=15, **how):
+def top_label_conditional_calibration_error(probs, targets, w=None, *, num_bins=15, **how):
     w = np.ones(len(targets)) if w is None else w
     cells = []
     for label in range(probs.shape[1]):
@@ -112,7 +112,7 @@ def top_label_conditional_error(probs, targets, w=None, *, num_bins=15, **how):
     return norm_of(cells, [b.weight / w.sum() for b in cells], **how)
 
 
-def soft_binned_error(p, y, w=None, num_bins=15, temperature=0.01, norm=2):
+def soft_binned_calibration_error(p, y, w=None, num_bins=15, temperature=0.01, norm=2):
     w = np.ones(len(p)) if w is None else w
     centres = [(2 * b - 1) / (2 * num_bins) for b in range(1, num_bins + 1)]
     size, confidence, accuracy = np.zeros(num_bins), np.zeros(num_bins), np.zeros(num_bins)

@@ -9,7 +9,7 @@ import pytest
 
 from bayescal.binning import Histogram, histogram
 from bayescal.metrics.events import one_class
-from bayescal.metrics.smooth import smooth_error
+from bayescal.metrics.smooth import smooth_calibration_error
 from bayescal.predictive import Probabilities
 
 REFERENCE = Path(os.environ.get("BAYESCAL_DATA", "../shared/data")).parent / "reference"
@@ -55,7 +55,7 @@ def sums_of(p, y, w=None, num_bins=3840):
 
 
 def smooth_value(p, y, w=None, **setting):
-    return smooth_error(events=one_class(1), **setting).compute(sums_of(p, y, w))
+    return smooth_calibration_error(events=one_class(1), **setting).compute(sums_of(p, y, w))
 
 
 def stored_oracles():

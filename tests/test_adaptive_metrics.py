@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 import bayescal as bc
 from bayescal.binning import reliability
 from bayescal.metrics.adaptive import (
-    classwise_equal_mass,
-    equal_mass_error,
+    classwise_equal_mass_calibration_error,
+    equal_mass_calibration_error,
     equal_mass_histogram,
-    equal_mass_square,
-    nixon_error,
+    nixon_calibration_error,
+    squared_equal_mass_calibration_error,
 )
 from bayescal.metrics.corp import consistency_band, corp, murphy, refinement, reliability_curve
 from bayescal.metrics.events import one_class
-from bayescal.metrics.sweep import sweep_error, sweep_num_bins
+from bayescal.metrics.sweep import sweep_calibration_error, sweep_num_bins
 from bayescal.metrics.whole import whole
 from bayescal.predictive import Probabilities
 
@@ -44,8 +44,8 @@ def everything(probability, outcome, weights):
     for ties in RULES:
         settings_of = {"weights": weights, "ties": ties}
         for name, form in FORMS.items():
-            out[f"{ties} {name}"] = equal_mass_error(probability, outcome, **settings_of, **form)
-        out[f"{ties} square"] = equal_mass_square(probability, outcome, **settings_of)
+            out[f"{ties} {name}"] = equal_mass_calibration_error(probability, outcome, **settings_of, **form)
+        out[f"{ties} square"] = squared_equal_mass_calibration_error(probability, outcome, **settings_of)
         sums = equal_mass_histogram(probability, outcome, **settings_of)
         out |= {f"{ties} mass": sums.weight, f"{ties} hits": sums.confidence - sums.gap}
     return out
@@ -54,7 +54,7 @@ def everything(probability, outcome, weights):
 @partial(jax.jit, static_argnames=("scheme", "max_bins"))
 def swept(probability, outcome, weights, scheme="mass", max_bins=60):
     call = {"weights": weights, "scheme": scheme, "max_bins": max_bins}
-    return sweep_error(probability, outcome, **call), sweep_num_bins(probability, outcome, **call)
+    return sweep_calibration_error(probability, outcome, **call), sweep_num_bins(probability, outcome, **call)
 
 
 def forecasts(rng, ties=False, rows=ROWS):
@@ -249,7 +249,7 @@ NIXON = {
 
 @jax.jit
 def all_nixon(probs, targets, weights):
-    return {name: nixon_error(probs, targets, weights=weights, **form) for name, form in NIXON.items()}
+    return {name: nixon_calibration_error(probs, targets, weights=weights, **form) for name, form in NIXON.items()}
 
 
 def test_nixon_against_loops(rng):
@@ -285,9 +285,9 @@ def test_every_setting_changes_the_value(rng):
 def test_in_evaluate(rng):
     probs, targets = predictions(rng)
     metrics = {
-        "root": whole(equal_mass_error, one_class(1), norm=2, debiased=True),
-        "sweep": whole(sweep_error, max_bins=60),
-        "tace": classwise_equal_mass(threshold=0.01),
+        "root": whole(equal_mass_calibration_error, one_class(1), norm=2, debiased=True),
+        "sweep": whole(sweep_calibration_error, max_bins=60),
+        "tace": classwise_equal_mass_calibration_error(threshold=0.01),
     }
     estimates = bc.evaluate(Probabilities(probs[None]), targets, metrics, batch_size=ROWS)
     confidence, correct = probs.max(1), (probs.argmax(1) == targets).astype(np.float32)
@@ -300,10 +300,10 @@ def test_in_evaluate(rng):
         np.testing.assert_allclose(estimates[name].value, value, rtol=1e-5, err_msg=name)
     assert estimates["root"].low < estimates["root"].value < estimates["root"].high
     assert estimates["sweep"].low is None and estimates["tace"].low is None
-    assert estimates["root"].convention.startswith("class 1; equal-mass bins; unless stated num_bins = 15")
-    assert estimates["root"].convention.endswith("norm = 2; debiased = True")
+    assert estimates["root"].convention.startswith("class 1; equal-mass bins; num_bins = 15; norm = 2")
+    assert estimates["root"].convention.endswith("ties = grouped; debiased = True")
     assert "probabilities above 0.01" in estimates["tace"].convention
-    assert classwise_equal_mass(threshold=0.01) is metrics["tace"]
+    assert classwise_equal_mass_calibration_error(threshold=0.01) is metrics["tace"]
 
 
 def test_intervals_and_bias(rng):
@@ -334,7 +334,7 @@ def test_vmap_and_gradient_in_the_weights(rng):
     weights = rng.uniform(0.5, 2, (3, ROWS)).astype(np.float32)
 
     def square(w):
-        return equal_mass_square(probability, outcome, weights=w)
+        return squared_equal_mass_calibration_error(probability, outcome, weights=w)
 
     together, slopes = jax.jit(jax.vmap(jax.value_and_grad(square)))(weights)
     alone = [everything(probability, outcome, w)["grouped square"] for w in weights]
@@ -355,7 +355,7 @@ def test_undefined_is_nan():
         if "mass" not in name and "hits" not in name:
             assert np.isnan(ours[name]), name
     assert math.isnan(swept(half, half, none)[0])
-    assert math.isnan(equal_mass_error(empty, empty)) and math.isnan(sweep_error(empty, empty))
+    assert math.isnan(equal_mass_calibration_error(empty, empty)) and math.isnan(sweep_calibration_error(empty, empty))
     assert math.isnan(all_nixon(np.full((ROWS, 4), 0.25, np.float32), np.zeros(ROWS, int), none)["ace"])
     assert math.isnan(everything(np.where(np.arange(ROWS) == 3, np.nan, half), half, None)["grouped l1"])
     np.testing.assert_allclose(everything(half, np.ones(ROWS, np.float32), np.eye(ROWS)[5])["rank l1"], 0.5)
@@ -538,18 +538,30 @@ P, Y = np.array([0.25, 0.75], np.float32), np.array([0.0, 1.0], np.float32)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: equal_mass_error(P, Y, num_bins=0), "`num_bins` must be a whole number of at least 1, got 0"),
-        (lambda: equal_mass_error(P, Y, ties="even"), "`ties` must be 'grouped' or 'rank', got 'even'"),
-        (lambda: equal_mass_error(P, Y, norm=0.5), "`norm` must be at least 1"),
-        (lambda: equal_mass_error(P, Y, norm=3, debiased=True), "`debiased` needs `norm` 1 or 2, got norm 3"),
-        (lambda: equal_mass_error(P, Y[:, None]), "must be one axis of the same length, got"),
-        (lambda: equal_mass_square(P, Y, weights=np.ones(3)), "must be one axis of the same length, got"),
-        (lambda: sweep_error(P, Y, scheme="both"), "`scheme` must be 'mass' or 'width', got 'both'"),
-        (lambda: sweep_error(P, Y, max_bins=0), "must be a whole number of at least 1, got 0"),
-        (lambda: sweep_error(P, Y, norm=0), "`norm` must be at least 1"),
-        (lambda: nixon_error(P, Y), "`probs` and `targets` must have shapes"),
-        (lambda: nixon_error(P[:, None], Y, threshold=1.0), "`threshold` must lie in"),
-        (lambda: nixon_error(P[:, None], Y, norm=math.inf), "`norm` must be finite for a mean over classes, got inf"),
+        (
+            lambda: equal_mass_calibration_error(P, Y, num_bins=0),
+            "`num_bins` must be a whole number of at least 1, got 0",
+        ),
+        (lambda: equal_mass_calibration_error(P, Y, ties="even"), "`ties` must be 'grouped' or 'rank', got 'even'"),
+        (lambda: equal_mass_calibration_error(P, Y, norm=0.5), "`norm` must be at least 1"),
+        (
+            lambda: equal_mass_calibration_error(P, Y, norm=3, debiased=True),
+            "`debiased` needs `norm` 1 or 2, got norm 3",
+        ),
+        (lambda: equal_mass_calibration_error(P, Y[:, None]), "must be one axis of the same length, got"),
+        (
+            lambda: squared_equal_mass_calibration_error(P, Y, weights=np.ones(3)),
+            "must be one axis of the same length, got",
+        ),
+        (lambda: sweep_calibration_error(P, Y, scheme="both"), "`scheme` must be 'mass' or 'width', got 'both'"),
+        (lambda: sweep_calibration_error(P, Y, max_bins=0), "must be a whole number of at least 1, got 0"),
+        (lambda: sweep_calibration_error(P, Y, norm=0), "`norm` must be at least 1"),
+        (lambda: nixon_calibration_error(P, Y), "`probs` and `targets` must have shapes"),
+        (lambda: nixon_calibration_error(P[:, None], Y, threshold=1.0), "`threshold` must lie in"),
+        (
+            lambda: nixon_calibration_error(P[:, None], Y, norm=math.inf),
+            "`norm` must be finite for a mean over classes, got inf",
+        ),
         (lambda: corp(P, Y, score="crps"), "`score` must be 'brier' or 'log', got 'crps'"),
         (lambda: corp(P * 2, Y), "`probability` must lie in .0, 1., got 1 of 2 outside, the first 1.5"),
         (lambda: corp(P * np.nan, Y), "`probability` must lie in .0, 1., got 2 of 2 outside, the first nan"),

@@ -22,11 +22,15 @@ from bayescal.metrics.accuracy_uncertainty import (
     soft_accuracy_versus_uncertainty_loss,
 )
 from bayescal.metrics.calibration import calibration_error, confidence_histogram, squared_calibration_error
-from bayescal.metrics.classwise import classwise_error, group_calibration_error, top_label_conditional_error
+from bayescal.metrics.classwise import (
+    classwise_calibration_error,
+    group_calibration_error,
+    top_label_conditional_calibration_error,
+)
 from bayescal.metrics.events import one_class
 from bayescal.metrics.fine import binned_auroc, binned_ks_error
 from bayescal.metrics.signed import confidence_gap, overconfidence, spiegelhalter_z, underconfidence
-from bayescal.metrics.soft import soft_binned_error
+from bayescal.metrics.soft import soft_binned_calibration_error
 from bayescal.predictive import Probabilities
 
 pytestmark = pytest.mark.core
@@ -55,19 +59,19 @@ METRICS = {
     "one_bin": calibration_error(num_bins=1),
     "square": squared_calibration_error(),
     "class_1": calibration_error(events=one_class(1)),
-    "classwise": classwise_error(),
-    "classwise_2": classwise_error(norm=2),
-    "classwise_above": classwise_error(threshold=0.1),
-    "top_label": top_label_conditional_error(),
-    "top_label_max": top_label_conditional_error(norm=INF),
+    "classwise": classwise_calibration_error(),
+    "classwise_2": classwise_calibration_error(norm=2),
+    "classwise_above": classwise_calibration_error(threshold=0.1),
+    "top_label": top_label_conditional_calibration_error(),
+    "top_label_max": top_label_conditional_calibration_error(norm=INF),
     "gap": confidence_gap(),
     "over": overconfidence(),
     "under": underconfidence(),
     "z": spiegelhalter_z(),
     "auroc": binned_auroc(num_bins=240),
     "ks": binned_ks_error(num_bins=240),
-    "soft": soft_binned_error(),
-    "soft_1": soft_binned_error(temperature=0.1, norm=1),
+    "soft": soft_binned_calibration_error(),
+    "soft_1": soft_binned_calibration_error(temperature=0.1, norm=1),
     "avu": accuracy_versus_uncertainty(threshold=0.5),
     "avuc": accuracy_versus_uncertainty_loss(threshold=0.5),
     "soft_avuc": soft_accuracy_versus_uncertainty_loss(),
@@ -77,16 +81,16 @@ METRICS = {
     "avu_confidence": accuracy_versus_uncertainty(threshold=0.5, uncertainty=least_confidence),
     "soft_avuc_7": soft_accuracy_versus_uncertainty_loss(threshold=0.7),
     "soft_avuc_warm": soft_accuracy_versus_uncertainty_loss(temperature=1.0),
-    "soft_10": soft_binned_error(num_bins=10),
-    "soft_hard": soft_binned_error(temperature=1e-6),
-    "soft_flat": soft_binned_error(temperature=1e6),
+    "soft_10": soft_binned_calibration_error(num_bins=10),
+    "soft_hard": soft_binned_calibration_error(temperature=1e-6),
+    "soft_flat": soft_binned_calibration_error(temperature=1e6),
     "auroc_4": binned_auroc(num_bins=4),
     "ks_4": binned_ks_error(num_bins=4),
 }
 ONE = one_class(1)
 BINARY = {
     "top": calibration_error(),
-    "conditional": top_label_conditional_error(),
+    "conditional": top_label_conditional_calibration_error(),
     "ece": calibration_error(events=ONE),
     "one_bin": calibration_error(events=ONE, num_bins=1),
     "average": calibration_error(events=ONE, weighting="uniform"),
@@ -163,19 +167,19 @@ def expected(probs, targets, w):
         "one_bin": abs((w * (c - a)).sum()) / w.sum(),
         "square": oracles.squared_calibration_error(c, a, w),
         "class_1": ece(probs[:, 1], targets == 1, w),
-        "classwise": oracles.classwise_error(probs, targets, w),
-        "classwise_2": oracles.classwise_error(probs, targets, w, norm=2),
-        "classwise_above": oracles.classwise_error(probs, targets, w, threshold=0.1),
-        "top_label": oracles.top_label_conditional_error(probs, targets, w),
-        "top_label_max": oracles.top_label_conditional_error(probs, targets, w, norm=INF),
+        "classwise": oracles.classwise_calibration_error(probs, targets, w),
+        "classwise_2": oracles.classwise_calibration_error(probs, targets, w, norm=2),
+        "classwise_above": oracles.classwise_calibration_error(probs, targets, w, threshold=0.1),
+        "top_label": oracles.top_label_conditional_calibration_error(probs, targets, w),
+        "top_label_max": oracles.top_label_conditional_calibration_error(probs, targets, w, norm=INF),
         "gap": (w * (c - a)).sum() / w.sum(),
         "over": oracles.mean_where(c, ~a, w),
         "under": oracles.mean_where(1 - c, a, w),
         "z": oracles.spiegelhalter_z(c, a, w),
         "auroc": oracles.binned_auroc(c, a, w, 240),
         "ks": oracles.binned_ks_error(c, a, w, 240),
-        "soft": oracles.soft_binned_error(c, a, w),
-        "soft_1": oracles.soft_binned_error(c, a, w, temperature=0.1, norm=1),
+        "soft": oracles.soft_binned_calibration_error(c, a, w),
+        "soft_1": oracles.soft_binned_calibration_error(c, a, w, temperature=0.1, norm=1),
         "avu": oracles.accuracy_versus_uncertainty(probs, targets, w, 0.5),
         "avuc": oracles.accuracy_versus_uncertainty_loss(probs, targets, w, "loss", 0.5),
         "soft_avuc": oracles.accuracy_versus_uncertainty_loss(probs, targets, w, "soft", 0.5),
@@ -184,9 +188,9 @@ def expected(probs, targets, w):
         "avu_confidence": (w * ((1 - c <= 0.5) == a)).sum() / w.sum(),
         "soft_avuc_7": oracles.accuracy_versus_uncertainty_loss(probs, targets, w, "soft", 0.7),
         "soft_avuc_warm": oracles.accuracy_versus_uncertainty_loss(probs, targets, w, "soft", 0.5, 1.0),
-        "soft_10": oracles.soft_binned_error(c, a, w, num_bins=10),
+        "soft_10": oracles.soft_binned_calibration_error(c, a, w, num_bins=10),
         "soft_hard": ece(c, a, w, norm=2),
-        "soft_flat": oracles.soft_binned_error(c, a, w, temperature=1e6),
+        "soft_flat": oracles.soft_binned_calibration_error(c, a, w, temperature=1e6),
         "auroc_4": oracles.binned_auroc(c, a, w, 4),
         "ks_4": oracles.binned_ks_error(c, a, w, 4),
     }
@@ -321,13 +325,13 @@ def test_stored_debiased_from_equal_mass_bins():
     group = {k: v["value"] for k, v in one("l2_calibration_error_15_equal_mass").items()}
     square, root = group["ref_debiased_[square,root]"]
     cases = (
-        (classwise_error(norm=2, debiased=True), each, group["uc_debiased_marginal"]),
+        (classwise_calibration_error(norm=2, debiased=True), each, group["uc_debiased_marginal"]),
         (calibration_error(norm=2), top, group["uc_plugin_top"]),
         (calibration_error(norm=2, debiased=True), top, root),
         (calibration_error(norm=2, debiased=True), top, group["uc_debiased_top"]),
         (squared_calibration_error(), top, square),
         (calibration_error(debiased=True), top, group["ref_l1_debiased_folded_normal_exact"]),
-        (classwise_error(norm=2), each, group["uc_plugin_marginal"]),
+        (classwise_calibration_error(norm=2), each, group["uc_plugin_marginal"]),
         (calibration_error(), top, one("top_label_ece_15_equal_mass")["ref_array_split"]["value"]),
     )
     on_device = jax.jit(lambda *all_sums: [metric.compute(x) for (metric, *_), x in zip(cases, all_sums, strict=True)])(
@@ -543,11 +547,13 @@ def test_many_classes(rng):
     probs = rng.dirichlet(np.full(19, 0.3), 50)
     probs = np.concatenate([probs, np.zeros((50, 1))], 1).astype(np.float32)
     targets = rng.integers(0, 19, 50)
-    metrics = {"all": classwise_error(), "above": classwise_error(threshold=0.05)}
+    metrics = {"all": classwise_calibration_error(), "above": classwise_calibration_error(threshold=0.05)}
     ours = read(measure(Probabilities(probs[None]), targets, metrics), metrics)
     wide = probs.astype(np.float64)
-    np.testing.assert_allclose(ours["all"], oracles.classwise_error(wide, targets), rtol=1e-5)
-    np.testing.assert_allclose(ours["above"], oracles.classwise_error(wide, targets, threshold=0.05), rtol=1e-5)
+    np.testing.assert_allclose(ours["all"], oracles.classwise_calibration_error(wide, targets), rtol=1e-5)
+    np.testing.assert_allclose(
+        ours["above"], oracles.classwise_calibration_error(wide, targets, threshold=0.05), rtol=1e-5
+    )
 
 
 def test_groups_and_slices(rng):
@@ -670,21 +676,30 @@ def test_the_signed_square_has_an_influence():
     ("call", "message"),
     [
         (lambda: calibration_error(num_bins=0), "`num_bins` must be a whole number of at least 1, got 0"),
-        (lambda: classwise_error(num_bins=2.5), "`num_bins` must be a whole number of at least 1, got 2.5"),
-        (lambda: top_label_conditional_error(num_bins=0), "`num_bins` must be a whole number of at least 1, got 0"),
-        (lambda: soft_binned_error(num_bins=0), "`num_bins` must be a whole number of at least 1, got 0"),
+        (lambda: classwise_calibration_error(num_bins=2.5), "`num_bins` must be a whole number of at least 1, got 2.5"),
+        (
+            lambda: top_label_conditional_calibration_error(num_bins=0),
+            "`num_bins` must be a whole number of at least 1, got 0",
+        ),
+        (lambda: soft_binned_calibration_error(num_bins=0), "`num_bins` must be a whole number of at least 1, got 0"),
         (lambda: calibration_error(norm=0.5), "`norm` must be at least 1 .* got 0.5"),
-        (lambda: classwise_error(norm=math.nan), "`norm` must be at least 1 .* got nan"),
+        (lambda: classwise_calibration_error(norm=math.nan), "`norm` must be at least 1 .* got nan"),
         (lambda: calibration_error(norm=3, debiased=True), "`debiased` needs `norm` 1 or 2, got norm 3"),
-        (lambda: top_label_conditional_error(norm=INF, debiased=True), "`debiased` needs `norm` 1 or 2, got norm inf"),
+        (
+            lambda: top_label_conditional_calibration_error(norm=INF, debiased=True),
+            "`debiased` needs `norm` 1 or 2, got norm inf",
+        ),
         (lambda: calibration_error(weighting="equal"), "`weighting` must be 'mass' or 'uniform', got 'equal'"),
         (lambda: calibration_error(min_count=0), "`min_count` must be at least 1, got 0"),
         (lambda: confidence_histogram(closed="both"), "`closed` must be 'right' or 'left', got 'both'"),
-        (lambda: classwise_error(closed="both"), "`closed` must be 'right' or 'left', got 'both'"),
-        (lambda: top_label_conditional_error(closed="both"), "`closed` must be 'right' or 'left', got 'both'"),
-        (lambda: classwise_error(threshold=1.0), "`threshold` must lie in .0, 1., got 1.0"),
-        (lambda: soft_binned_error(temperature=0), "`temperature` must be positive and finite, got 0"),
-        (lambda: soft_binned_error(norm=INF), "`norm` must be at least 1 and finite, got inf"),
+        (lambda: classwise_calibration_error(closed="both"), "`closed` must be 'right' or 'left', got 'both'"),
+        (
+            lambda: top_label_conditional_calibration_error(closed="both"),
+            "`closed` must be 'right' or 'left', got 'both'",
+        ),
+        (lambda: classwise_calibration_error(threshold=1.0), "`threshold` must lie in .0, 1., got 1.0"),
+        (lambda: soft_binned_calibration_error(temperature=0), "`temperature` must be positive and finite, got 0"),
+        (lambda: soft_binned_calibration_error(norm=INF), "`norm` must be at least 1 and finite, got inf"),
         (lambda: accuracy_versus_uncertainty(threshold=math.nan), "`threshold` must be a finite number, got nan"),
         (lambda: accuracy_versus_uncertainty_loss(threshold=INF), "`threshold` must be a finite number, got inf"),
         (lambda: soft_accuracy_versus_uncertainty_loss(threshold=0), "`threshold` must lie in .0, 1., got 0"),

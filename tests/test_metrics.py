@@ -283,7 +283,7 @@ def test_densities_have_no_classes(unchecked):
         bc.brier(),
         bc.calibration_error(),
         bc.calibration_error(events=bc.one_class(0)),
-        bc.classwise_error(),
+        bc.classwise_calibration_error(),
     ):
         with pytest.raises(TypeError, match="does not exist for Gaussian"):
             bc.evaluate(normal, y, {"it": metric})

@@ -366,3 +366,7 @@ def test_every_metric_states_its_convention():
     for function, _, _ in METRICS.values():
         facts = _FACTS[function]
         assert facts.convention and facts.interval
+    for name in ("tpr = 0.95", "positive class"):
+        assert name in whole(bc.fpr_at_tpr).convention
+    with pytest.raises(TypeError, match="`settings` of fpr_at_tpr must be among tpr, got tp"):
+        whole(bc.fpr_at_tpr, tp=0.9)

@@ -138,6 +138,20 @@ BAD = {
     "range": (lambda p, y: {"probs": p, "labels": y + 1}, "`targets` must lie in \\[0, 3\\)"),
     "rows": (lambda p, y: {"probs": p[:-1], "labels": y}, "`probs` must have shape"),
     "one column": (lambda p, y: {"probs": p[:, :1], "labels": y}, "For two classes give both columns"),
+    "feature words": (
+        lambda p, y: {"probs": p, "labels": y, "features": p.astype(str)},
+        "`features` must hold finite numbers",
+    ),
+    "feature gaps": (
+        lambda p, y: {"probs": p, "labels": y, "features": p + np.nan},
+        "`features` must hold finite numbers",
+    ),
+    "group gaps": (lambda p, y: {"probs": p, "labels": y, "groups": y + np.nan}, "`groups` must hold finite numbers"),
+    "complex": (lambda p, y: {"probs": p + 0j, "labels": y}, "must hold whole or floating numbers"),
+    "weights of no size": (
+        lambda p, y: {"probs": p, "labels": y, "weights": np.full(40, 1e-20)},
+        "largest between 1e-12",
+    ),
     "no rows": (lambda p, y: {"probs": p[:0], "labels": y[:0]}, "at least one row"),
     "not a number": (lambda p, y: {"probs": np.where(p > 0.5, np.nan, p), "labels": y}, "NaN"),
     "logits": (lambda p, y: {"probs": np.log(p), "labels": y}, "If these are logits, say so"),
@@ -176,6 +190,9 @@ def test_bad_arrays(name, rng, tmp_path, capsys):
         ("label,probs_0,probs_1\n0,0.5,half\n", "column `probs_1` must hold numbers"),
         ("label,probs_0,probs_2\n0,0.5,0.5\n", "count from 0 without gaps"),
         ("label,probs_0,probs_1\n", "at least one row"),
+        ("label,probs_0,probs_1,probs_1\n0,0.5,0.5,0.5\n", "column `probs_1` must be there once"),
+        ("label,probs_0,probs_1,probs_01\n0,0.5,0.5,0.5\n", "column `probs_01` must be there once"),
+        ("label,labels,probs_0,probs_1\n0,0,0.5,0.5\n", "column `labels` must be there once"),
     ],
 )
 def test_bad_tables(text, words, tmp_path):
@@ -191,7 +208,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"must end in .npz, .csv, .parquet, got a.txt"):
         read_predictions(tmp_path / "a.txt")
     (tmp_path / "a.npz").write_text("x")
-    with pytest.raises(ValueError, match="which is none"):
+    with pytest.raises(ValueError, match="must be a sound npz file"):
         read_predictions(tmp_path / "a.npz")
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("probs.npy", "not an array")
@@ -274,3 +291,50 @@ def test_bootstrap_option(rng, tmp_path, capsys):
         evaluate_file(tmp_path / "a.npz", num_replicates=50, seed=seed)["metrics"]["nll"].low for seed in (3, 3, 4)
     ]
     assert with_seed[0] == with_seed[1] != with_seed[2]
+
+
+def test_damaged_files_are_refused(rng, tmp_path):
+    """Bytes that changed, and a header that promises more than there is: what is mapped is checked first."""
+    _, probs, labels = rows(rng, n=2000)
+    np.savez(tmp_path / "a.npz", probs=probs, labels=labels)
+    whole = bytearray((tmp_path / "a.npz").read_bytes())
+    whole[5000:5100] = bytes(100)
+    (tmp_path / "a.npz").write_bytes(whole)
+    with pytest.raises(ValueError, match="must be a sound npz file"):
+        read_predictions(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive, archive.open("probs.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (9000, 3)})
+        file.write(probs.tobytes())
+    with pytest.raises(ValueError, match="holds 24000 bytes for 108000"):
+        read_predictions(tmp_path / "b.npz")
+
+
+def test_other_byte_orders_and_large_offsets(rng, tmp_path):
+    _, probs, labels = rows(rng)
+    np.savez(tmp_path / "a.npz", probs=probs.astype(">f4"), labels=labels.astype(">i8"))
+    np.testing.assert_array_equal(read_predictions(tmp_path / "a.npz").pred.probs[0], probs)
+    noise = rng.normal(size=(2, 500))
+    for offset in (0.0, 1.7e9):  # seconds since 1970: float32 holds them to two minutes
+        arrays = {"mean": offset + noise[0], "variance": np.ones(500), "targets": offset + noise.sum(0)}
+        np.savez(tmp_path / "b.npz", **arrays)
+        rmse = evaluate_file(tmp_path / "b.npz")["metrics"]["rmse"].value
+        np.testing.assert_allclose(rmse, np.sqrt((noise[1] ** 2).mean()), rtol=1e-4)
+
+
+def test_densities_have_nothing_to_clip(rng, tmp_path):
+    y = rng.normal(size=50)
+    np.savez(tmp_path / "a.npz", mean=y + 1, variance=np.ones(50), targets=y)
+    with pytest.raises(ValueError, match="`clip` is a smallest probability"):
+        evaluate_file(tmp_path / "a.npz", clip=1e-12)
+    assert not {"bins", "events", "clip"} & set(evaluate_file(tmp_path / "a.npz")["conventions"])
+
+
+def test_the_same_shapes_compile_once(rng, tmp_path):
+    from bayescal.evaluate import _measure
+
+    logits, _, labels = rows(rng, members=2)
+    np.savez(tmp_path / "a.npz", logits=logits, labels=labels)
+    evaluate_file(tmp_path / "a.npz")
+    compiled = _measure._cache_size()
+    evaluate_file(tmp_path / "a.npz")
+    assert _measure._cache_size() == compiled

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bayescal as bc
-from bayescal.evaluate import columns, measure
+from bayescal.evaluate import measure, read_columns
 from bayescal.metrics.crps import crps, crps_ensemble, crps_gaussian, energy_score, mixture_crps, variogram_score
 from bayescal.metrics.members import member_metric
 from bayescal.metrics.pit import (
@@ -388,7 +388,7 @@ def test_intervals_of_variance_metrics(rng):
             unit = variance[0, :, 1].mean() * 3 if name == "uce" else 1
             assert truth * unit <= e.high and (e.low > 0.05 * unit) == (truth > 0), (name, e)
             assert "dimension 1; 5 equal-mass bins" in e.convention
-    read = columns(pred, y, metrics)[metrics["uce"].read]
+    read = read_columns(pred, y, metrics["uce"].read)
     assert metrics["uce"].read is metrics["ence"].read
     np.testing.assert_allclose(read[1], y[:, 1] ** 2, rtol=1e-6)
     single = metrics["uce"].interval(*(x[:7] for x in read), None)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from oracles import calibration_error as bin_error
 
 import bayescal as bc
-from bayescal.evaluate import columns, measure
-from bayescal.metrics.classwise import top_label_conditional_error
+from bayescal.evaluate import measure, read_columns
+from bayescal.metrics.classwise import top_label_conditional_calibration_error
 from bayescal.metrics.joint import dyadic_nll, joint_log_prob, joint_nll
 from bayescal.metrics.likelihood import (
     accuracy,
@@ -86,7 +86,8 @@ def values(pred, targets, metrics, weights=None, batch_size=2**16):
         result |= {name: m.compute(sums[name]) for name, m in streaming.items()}
     wholes = {name: m for name, m in metrics.items() if name not in streaming}
     if wholes:
-        read = columns(pred, targets, wholes, weights=weights, batch_size=batch_size)
+        same = {"weights": weights, "batch_size": batch_size}
+        read = {m.read: read_columns(pred, targets, m.read, **same) for m in wholes.values()}
         given = np.ones(len(targets), np.float32) if weights is None else np.asarray(weights, np.float32)
         result |= {name: float(_compiled(m)(*read[m.read], given)) for name, m in wholes.items()}
     return result
@@ -365,7 +366,7 @@ def test_gibbs_of_a_density_and_names(rng):
     assert nll() is nll() and joint_nll(key=jax.random.key(3)) is joint_nll(key=jax.random.key(3))
     assert joint_nll(key=jax.random.key(3)) is not joint_nll(key=jax.random.key(4))
     assert spherical_score().better == "higher" and "half the sum" in brier(scale="half").convention
-    conditional = member_metric(top_label_conditional_error())
+    conditional = member_metric(top_label_conditional_calibration_error())
     assert conditional.convention.startswith("mean over members; within each") and not conditional.regular
 
 

@@ -3,6 +3,7 @@
 import csv
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ IN_MEMORY = 2**28  # bytes: larger arrays of a compressed file are unpacked into
 class Recorded(NamedTuple):
     """Predictions read from a file; arrays may be memory maps.
 
-    pred: predictive, member axis first.
+    pred: predictive, member axis first. Means and targets of regression are less the targets' median where float32 could
+        not tell them apart otherwise: no figure depends on it.
     targets: integer labels (rows,), or floats (rows, dim).
     weights, groups, features: (rows,), (rows,), (rows, features), or None.
     unused: names in the file that mean nothing here.
@@ -91,6 +93,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> Rec
         family = Categorical if kinds == ["logits"] else Probabilities
         pred, targets = family(_with_members(kinds[0], arrays[kinds[0]], targets), weights), _labels(targets)
     rows = len(targets)
+    _check_columns(arrays)
     extra = {name: arrays.get(name) for name in COLUMNS}
     for name, column in extra.items():
         if column is not None and (column.shape[:1] != (rows,) or (name != "features" and column.ndim != 1)):
@@ -98,6 +101,18 @@ def from_arrays(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> Rec
                 f"`{name}` must have one entry for each of the {rows} rows, got shape {column.shape}. Pass one per row."
             )
     return Recorded(pred, targets, **extra, unused=tuple(sorted(set(arrays) - set(KNOWN))))
+
+
+def _check_columns(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises for weights, features and labels of groups that are no numbers, or not finite."""
+    for name in ("weights", "features", "groups", "member_weights"):
+        column = arrays.get(name)
+        words = column is not None and column.dtype.kind in "US"
+        if column is None or (words and name == "groups"):
+            continue
+        if words or not np.isfinite(column.astype(np.float64)).all():
+            got = f"words ({column.dtype})" if words else "NaN or infinity"
+            raise ValueError(f"`{name}` must hold finite numbers in every row, got {got}. Repair or drop those rows.")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -113,9 +128,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 for info in archive.infolist()
                 if info.filename.endswith(".npy")
             }
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"`path` must be an npz file, got {path.name}, which is none: {error}. Save it again."
+            f"`path` must be a sound npz file, got {path.name}, which is none: {error}. Save it again."
         ) from error
 
 
@@ -128,17 +143,26 @@ def _read_array(path, archive, info) -> np.ndarray:
                 f"`{info.filename.removesuffix('.npy')}` must be an array of numbers, got Python objects, which would have "
                 "to be unpickled. Save it with a numeric dtype, ragged data padded."
             )
+        if dtype.kind not in "biufUS" or (dtype.itemsize > 8 and dtype.kind in "iuf"):
+            raise ValueError(
+                f"`{info.filename.removesuffix('.npy')}` must hold whole or floating numbers of at most 8 bytes, or words, got "
+                f"{dtype}. Convert it with `astype(np.float64)`."
+            )
         size = int(np.prod(shape)) * dtype.itemsize
+        if start + size != info.file_size:
+            raise zipfile.BadZipFile(f"{info.filename} holds {info.file_size - start} bytes for {size}")
         layout = {"dtype": dtype, "shape": shape, "order": "F" if fortran else "C"}
         if not size:
             return np.zeros(shape, dtype)
-        if info.compress_type == zipfile.ZIP_STORED:
+        if info.compress_type == zipfile.ZIP_STORED and dtype.isnative:
+            while file.read(2**24):  # to the end, where its checksum is compared: the map below goes around that
+                pass
             with open(path, "rb") as raw:  # the local header's name and extra field may differ from the directory's
                 raw.seek(info.header_offset + 26)
                 names = int.from_bytes(raw.read(2), "little") + int.from_bytes(raw.read(2), "little")
             return np.memmap(path, mode="r", offset=info.header_offset + 30 + names + start, **layout)
-        if size <= IN_MEMORY:
-            flat = np.frombuffer(file.read(), dtype)
+        if size <= IN_MEMORY or not dtype.isnative:
+            flat = np.frombuffer(file.read(), dtype).astype(dtype.newbyteorder("="))
             return flat.reshape(shape, order=layout["order"])
         unpacked = tempfile.TemporaryFile()  # noqa: SIM115  the map keeps it open; it goes when the map goes
         while chunk := file.read(2**24):
@@ -165,9 +189,10 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"`path` must have {len(rows[0])} cells in every line, got {len(rows[wrong[0]])} in line {wrong[0] + 1}. Repair it."
         )
-    return _from_table(
-        {name.strip(): list(cells) for name, cells in zip(rows[0], zip(*rows[1:], strict=True), strict=True)}
-    )
+    names = [name.strip() for name in rows[0]]
+    for name in names:
+        _refuse_twice(name, names.count(name) > 1)
+    return _from_table(dict(zip(names, map(list, zip(*rows[1:], strict=True)), strict=True)))
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
@@ -198,10 +223,14 @@ def _from_table(columns: Mapping[str, list]) -> dict[str, np.ndarray]:
         if stem not in KNOWN or not all(p.isdigit() for p in place):
             arrays[name] = np.asarray(cells)
         elif place:
-            parts.setdefault(stem, {})[tuple(map(int, place))] = _numbers(name, cells)
+            own, at = parts.setdefault(stem, {}), tuple(map(int, place))
+            _refuse_twice(name, at in own)
+            own[at] = _numbers(name, cells)
         else:
+            _refuse_twice(name, stem in arrays)
             arrays[stem] = np.asarray(cells) if stem == "groups" else _numbers(name, cells)
     for stem, places in parts.items():
+        _refuse_twice(stem, stem in arrays)
         shape = tuple(1 + max(p[axis] for p in places) for axis in range(len(next(iter(places)))))
         if len({len(p) for p in places}) != 1 or len(places) != np.prod(shape):
             raise ValueError(
@@ -210,6 +239,11 @@ def _from_table(columns: Mapping[str, list]) -> dict[str, np.ndarray]:
         stacked = np.stack([places[p] for p in np.ndindex(*shape)]).reshape(*shape, -1)
         arrays[stem] = np.moveaxis(stacked, -1, -2) if len(shape) == 2 else stacked.T
     return arrays
+
+
+def _refuse_twice(name: str, there: bool) -> None:
+    if there:
+        raise ValueError(f"column `{name}` must be there once, got another that means the same. Keep one of them.")
 
 
 def _numbers(name: str, cells: list) -> np.ndarray:
@@ -260,4 +294,8 @@ def _gaussian(arrays, targets, weights, source):
                 f"`{name}` must have the shape of `targets` {targets.shape}, with or without a member axis in front, got "
                 f"{arrays[name].shape}. Pass one number per row (and dimension)."
             )
+    if np.finfo(np.float32).eps * abs(targets).max(initial=0) > 1e-3 * np.sqrt(np.median(parts["variance"])):
+        # No figure depends on where zero is, and in float32 nothing would be left of the differences.
+        shift = np.median(targets, axis=0)
+        parts["mean"], targets = parts["mean"] - shift, targets - shift
     return Gaussian(parts["mean"], parts["variance"], None, weights), targets.astype(np.float32)

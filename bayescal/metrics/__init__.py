@@ -9,15 +9,19 @@ from bayescal.metrics.accuracy_uncertainty import (
     soft_accuracy_versus_uncertainty_loss,
 )
 from bayescal.metrics.adaptive import (
-    classwise_equal_mass,
-    equal_mass_error,
+    classwise_equal_mass_calibration_error,
+    equal_mass_calibration_error,
     equal_mass_histogram,
-    equal_mass_square,
-    nixon_error,
+    nixon_calibration_error,
+    squared_equal_mass_calibration_error,
 )
 from bayescal.metrics.binfree import ks_error, ks_test, kuiper_error, kuiper_test, spiegelhalter_test
 from bayescal.metrics.calibration import calibration_error, confidence_histogram, squared_calibration_error
-from bayescal.metrics.classwise import classwise_error, group_calibration_error, top_label_conditional_error
+from bayescal.metrics.classwise import (
+    classwise_calibration_error,
+    group_calibration_error,
+    top_label_conditional_calibration_error,
+)
 from bayescal.metrics.corp import consistency_band, corp, murphy, refinement, reliability_curve
 from bayescal.metrics.crps import crps, crps_ensemble, crps_gaussian, energy_score, mixture_crps, variogram_score
 from bayescal.metrics.events import Events, class_probs, one_class, top_label
@@ -79,9 +83,9 @@ from bayescal.metrics.selective import (
     uncertainty_events,
 )
 from bayescal.metrics.signed import confidence_gap, overconfidence, spiegelhalter_z, underconfidence
-from bayescal.metrics.smooth import smooth_curve, smooth_error
-from bayescal.metrics.soft import soft_binned_error
-from bayescal.metrics.sweep import sweep_error
+from bayescal.metrics.smooth import smooth_calibration_error, smooth_curve
+from bayescal.metrics.soft import soft_binned_calibration_error
+from bayescal.metrics.sweep import sweep_calibration_error
 from bayescal.metrics.variances import (
     ence,
     expected_normalised_calibration_error,
@@ -110,8 +114,8 @@ __all__ = [
     "calibration_error",
     "central_interval",
     "class_probs",
-    "classwise_equal_mass",
-    "classwise_error",
+    "classwise_calibration_error",
+    "classwise_equal_mass_calibration_error",
     "confidence_gap",
     "confidence_histogram",
     "consistency_band",
@@ -127,9 +131,8 @@ __all__ = [
     "ence",
     "energy_score",
     "ensemble_pit",
-    "equal_mass_error",
+    "equal_mass_calibration_error",
     "equal_mass_histogram",
-    "equal_mass_square",
     "excess_aurc",
     "expected_normalised_calibration_error",
     "fpr_at_tpr",
@@ -153,7 +156,7 @@ __all__ = [
     "mixture_quantile",
     "mmce",
     "murphy",
-    "nixon_error",
+    "nixon_calibration_error",
     "nll",
     "one_class",
     "overconfidence",
@@ -176,19 +179,20 @@ __all__ = [
     "signed_square_interval",
     "skce",
     "skce_test",
+    "smooth_calibration_error",
     "smooth_curve",
-    "smooth_error",
     "soft_accuracy_versus_uncertainty_loss",
-    "soft_binned_error",
+    "soft_binned_calibration_error",
     "spherical_score",
     "spiegelhalter_test",
     "spiegelhalter_z",
     "squared_calibration_error",
+    "squared_equal_mass_calibration_error",
     "squared_error",
     "stated",
-    "sweep_error",
+    "sweep_calibration_error",
     "top_label",
-    "top_label_conditional_error",
+    "top_label_conditional_calibration_error",
     "uce",
     "uncertainty_calibration_error",
     "uncertainty_events",

@@ -19,6 +19,7 @@ from bayescal.metrics.calibration import (
 )
 from bayescal.metrics.events import Outcome, RowWeights, class_probs
 from bayescal.metrics.whole import stated
+from bayescal.predictive import float32_or_wider
 from bayescal.types import Array, WholeMetric
 
 Ties = Literal["grouped", "rank"]
@@ -61,11 +62,11 @@ def _equal_mass_interval(probability, outcome, *, norm=1, debiased=False, **sett
 
 
 @stated(
-    "equal-mass bins; unless stated num_bins = 15, norm = 1, ties = grouped, debiased = False",
+    "equal-mass bins",
     regular=False,
     interval=_equal_mass_interval,
 )
-def equal_mass_error(
+def equal_mass_calibration_error(
     probability: Float[Array, "batch"],
     outcome: Outcome,
     *,
@@ -78,8 +79,9 @@ def equal_mass_error(
     """Adaptive calibration error: (sum_b n_b / n |confidence_b - accuracy_b|^norm)^(1 / norm) over bins of equal mass.
 
     In [0, 1]; lower is better; NaN without rows. Biased upwards, by about sqrt(num_bins / n), unless `debiased`; that may
-    then be slightly negative for norm 1, and is 0 for norm 2 where its square is negative (`equal_mass_square` keeps the
-    sign). Interval: by inversion of a test, for the norm of the bins' true gaps.
+    then be slightly negative for norm 1, and is 0 for norm 2 where its square is negative
+    (`squared_equal_mass_calibration_error` keeps the sign). Interval: by inversion of a test, for the norm of the bins'
+    true gaps.
 
     Args:
         probability, outcome, weights, num_bins, ties: see `equal_mass_histogram`.
@@ -104,10 +106,10 @@ def _square_interval(probability, outcome, **settings):
 
 
 @stated(
-    "equal-mass bins, debiased squared gaps, signed; unless stated num_bins = 15, ties = grouped",
+    "equal-mass bins, debiased squared gaps, signed",
     interval=_square_interval,
 )
-def equal_mass_square(
+def squared_equal_mass_calibration_error(
     probability: Float[Array, "batch"],
     outcome: Outcome,
     *,
@@ -132,7 +134,7 @@ def equal_mass_square(
     return (_shares(sums) * debiased_squares(sums)).sum()
 
 
-def nixon_error(
+def nixon_calibration_error(
     probs: Float[Array, "batch classes"],
     targets: Int[Array, "batch"],
     *,
@@ -143,7 +145,7 @@ def nixon_error(
     ties: Ties = "grouped",
     debiased: bool = False,
 ) -> Scalar:
-    """Nixon's ACE: `equal_mass_error` of each class's probability, mean over classes; TACE with a threshold.
+    """Nixon's ACE: `equal_mass_calibration_error` of each class's probability, mean over classes; TACE with a threshold.
 
     (mean_k error_k^norm)^(1 / norm), in [0, 1]; lower is better; NaN without rows. A class that is never forecast above
     the threshold adds 0, and classes absent from the targets count. Not the ACE of Neumann et al. 2018, an unweighted
@@ -156,10 +158,10 @@ def nixon_error(
         num_bins: bins of equal mass, for each class its own.
         threshold: only probabilities above it are binned, and they are the whole of a class's weight; 0.01 in the paper.
         norm: 1 = the paper's; 2 = the "marginal" error of Kumar et al., whose debiased classes are each at least 0.
-        ties, debiased: see `equal_mass_error`.
+        ties, debiased: see `equal_mass_calibration_error`.
 
     Raises:
-        ValueError: as `equal_mass_error`, for a threshold outside [0, 1), a norm of infinity.
+        ValueError: as `equal_mass_calibration_error`, for a threshold outside [0, 1), a norm of infinity.
     Source: Nixon et al. 2019; norm 2 Kumar, Liang and Ma 2019.
     """
     check_norm(norm, debiased)
@@ -171,7 +173,7 @@ def nixon_error(
     if probs.ndim != 2 or targets.shape != probs.shape[:1]:
         raise ValueError(
             f"`probs` and `targets` must have shapes (rows, classes) and (rows,), got {probs.shape} and "
-            f"{targets.shape}. For one event use `equal_mass_error`."
+            f"{targets.shape}. For one event use `equal_mass_calibration_error`."
         )
     if weights is not None:
         check_columns(probs[:, 0], targets, weights)
@@ -190,7 +192,7 @@ def nixon_error(
 
 
 @cache
-def classwise_equal_mass(
+def classwise_equal_mass_calibration_error(
     *,
     num_bins: int = 15,
     threshold: float = 0.0,
@@ -198,16 +200,16 @@ def classwise_equal_mass(
     ties: Ties = "grouped",
     debiased: bool = False,
 ) -> WholeMetric:
-    """`nixon_error` of the pool's class probabilities, as a metric for `evaluate`: ACE, with a threshold TACE.
+    """`nixon_calibration_error` of the pool's class probabilities, as a metric for `evaluate`: ACE, with a threshold TACE.
 
     No interval: the classes' bins share their rows.
 
     Args:
-        num_bins, threshold, norm, ties, debiased: see `nixon_error`.
+        num_bins, threshold, norm, ties, debiased: see `nixon_calibration_error`.
     """
 
     def compute(probs, targets, weights):
-        return nixon_error(
+        return nixon_calibration_error(
             probs,
             targets,
             weights=weights,
@@ -237,6 +239,7 @@ def _equal_mass(probability, outcome, weights, num_bins: int, ties: Ties) -> His
     n, cells = len(probability), 2 * num_bins - 1
     if not n:
         return Histogram(*5 * (jnp.zeros(num_bins),))
+    probability, outcome = float32_or_wider(probability), float32_or_wider(outcome)
     # Only the groups of ties that hold a cut can lie in two bins. With each of them in a cell of its own, and a cell for
     # what is between two cuts, the bins are sums of cells, and nothing but M - 1 probabilities depends on ranks.
     step = jnp.arange(num_bins + 1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bayescal.binning import proportion_variance
 from bayescal.metrics.events import Outcome, RowWeights
 from bayescal.metrics.whole import stated
 from bayescal.types import Array
@@ -184,7 +185,11 @@ def columns(probability, outcome, weights):
     p, y = jnp.asarray(probability), jnp.asarray(outcome)
     p = p.astype(jnp.promote_types(p.dtype, jnp.float32))
     _check_shapes(p, y, weights)
-    return p, y.astype(p.dtype), jnp.ones_like(p) if weights is None else jnp.asarray(weights, p.dtype)
+    y = y.astype(p.dtype)
+    if weights is None:
+        return p, y, jnp.ones_like(p)
+    w = jnp.asarray(weights, p.dtype)
+    return jnp.where(w == 0, 0, p), jnp.where(w == 0, 0, y), w  # rows of weight 0 may hold anything
 
 
 def _check_shapes(p, y, weights):
@@ -244,5 +249,9 @@ def _band(norm, quantile, probability, outcome, weights):
     # inequality the norm of its error exceeds that motion's no more often.
     p, y, w = _checked(probability, outcome, weights)
     value = norm(_cumulative(np, p, y, w))
-    half = quantile * np.sqrt((w**2 * (y - p) ** 2).sum()) / w.sum()
+    # Of rare events all rows may have gone one way: their noise is as in `Histogram.error_variance`.
+    rate, rows = np.average(y, weights=w), w.sum() ** 2 / (w**2).sum()
+    least = min((w**2 * p * (1 - p)).sum(), w.sum() ** 2 * proportion_variance(rate, rows))
+    time = max((w**2 * (y - p) ** 2).sum(), least)
+    half = quantile * np.sqrt(time) / w.sum()
     return max(value - half, 0.0), min(value + half, 1.0)

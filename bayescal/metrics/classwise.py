@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from bayescal.binning import Closed, Histogram, bin_index, check_bins, histogram, namespace
+from bayescal.metrics.binfree import ROUNDING
 from bayescal.metrics.calibration import bin_shares, check_norm, norm_interval, norm_of_gaps, norm_words
 from bayescal.metrics.events import Outcome, RowWeights, class_probs
 from bayescal.metrics.likelihood import check_rows
@@ -18,7 +19,7 @@ CLASSES_AT_ONCE = 16  # bounds the memory for many classes
 
 
 @cache
-def classwise_error(
+def classwise_calibration_error(
     *, num_bins: int = 15, norm: float = 1, closed: Closed = "right", debiased: bool = False, threshold: float = 0.0
 ) -> Metric:
     """Classwise (static, marginal) calibration error: (1/C sum_k error_k^norm)^(1 / norm), error_k that of P(class k).
@@ -71,7 +72,7 @@ def classwise_error(
 
 
 @cache
-def top_label_conditional_error(
+def top_label_conditional_calibration_error(
     *, num_bins: int = 15, norm: float = 1, closed: Closed = "right", debiased: bool = False
 ) -> Metric:
     """Top-label-conditional calibration error: sum_l n_l / n ECE(rows whose predicted label is l).
@@ -154,6 +155,7 @@ def group_calibration_error(
     check_norm(norm, debiased=False)
     probability, outcome, groups = np.asarray(probability), np.asarray(outcome, np.float64), np.asarray(groups)
     weights = np.ones(len(probability)) if weights is None else np.asarray(weights, np.float64)
+    probability = np.where((probability > 1) & (probability <= 1 + ROUNDING), 1, probability)  # a pool in float32
     _check_groups(probability, outcome, groups, weights)
     in_bin = np.asarray(bin_index(probability.astype(np.float32), num_bins, closed))
     if groups.ndim == 1:

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.binning import Closed, Histogram, bin_edges, bin_index
+from bayescal.binning import Z95, Closed, Histogram, bin_edges, bin_index
+from bayescal.metrics.binfree import ROUNDING
 from bayescal.metrics.events import Outcome, RowWeights
 from bayescal.types import Array, Estimate, Key
 
 Score = Literal["brier", "log"]
-Z95 = 1.959963984540054
 
 
 class Corp(NamedTuple):
@@ -286,6 +286,7 @@ def _checked(probability, outcome, weights):
     p, y = (np.asarray(x, np.float64) for x in (probability, outcome))
     w = _checked_weights(p, y, weights)
     p, y, w = p[w > 0], y[w > 0], w[w > 0]
+    p = np.where((p > 1) & (p <= 1 + ROUNDING), 1, p)  # a pool in float32
     if not ((p >= 0) & (p <= 1)).all():
         wrong = p[~((p >= 0) & (p <= 1))]
         raise ValueError(

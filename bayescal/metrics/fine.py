@@ -4,13 +4,11 @@ from functools import cache
 
 import numpy as np
 
-from bayescal.binning import Histogram, namespace
+from bayescal.binning import Z95, Histogram, namespace
 from bayescal.metrics.binfree import SUP_95
 from bayescal.metrics.calibration import confidence_histogram
 from bayescal.metrics.events import Events, top_label
 from bayescal.types import Metric
-
-Z95 = 1.959963984540054
 
 
 @cache

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bayescal.binning import Z95
 from bayescal.predictive import Predictive, float32_or_wider, log_pool, weighted_sum
 from bayescal.types import Array, Key, WholeMetric
 
@@ -116,7 +117,7 @@ def _joint_metric(tau: int, anchors: int, per: Per, key_data: tuple[int, ...] | 
             return None, None
         share = share[kept] / share[kept].sum()
         mean = share @ value[kept]
-        half = 1.959963984540054 * np.sqrt(share @ (value[kept] - mean) ** 2 * (share**2).sum())
+        half = Z95 * np.sqrt(share @ (value[kept] - mean) ** 2 * (share**2).sum())
         return mean - half, mean + half
 
     kind = f"pairs, each row drawn {tau} times from its pair in expectation" if dyadic else f"blocks of {tau}"

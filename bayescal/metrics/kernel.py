@@ -138,7 +138,11 @@ def median_distance(probs: Float[Array, "batch classes"], *, weights: RowWeights
     pair = (index[:, None] < index) & known[:, None] & known
     distance = jnp.sort(jnp.where(pair, _total_variation(some, some), jnp.inf), axis=None)
     last = pair.sum() - 1
-    return (distance[last // 2] + distance[(last + 1) // 2]) / 2
+    median = (distance[last // 2] + distance[(last + 1) // 2]) / 2
+    # Where most pairs are equal the least distance that is none; without any pair of different rows all widths are alike.
+    least = jnp.where(distance > 0, distance, jnp.inf).min()
+    median = jnp.where(median > 0, median, least)
+    return jnp.where(jnp.isfinite(median), median, 1)
 
 
 def skce_test(
@@ -233,12 +237,13 @@ def local_calibration_error(
         raise ValueError(
             f"`features` must have shape ({len(p)}, features), got {x.shape}. Flatten all but the first axis."
         )
+    x = jnp.where(w[:, None] == 0, 0, x)
     place = bin_index(p, num_bins, closed)
 
     def near(row):
         feature, own = row
         kernel = jnp.exp(-abs(x - feature).mean(-1) / gamma)
-        return jnp.where(place == own, w * kernel, 0) @ jnp.stack([p - y, jnp.ones_like(p)], -1)
+        return jnp.where((place == own) & (w > 0), w * kernel, 0) @ jnp.stack([p - y, jnp.ones_like(p)], -1)
 
     sums = jax.lax.map(near, (x, place), batch_size=_rows_at_once(len(p)))
     local = jnp.where(w > 0, abs(sums[:, 0] / sums[:, 1]), 0)
@@ -315,6 +320,7 @@ def _class_columns(probs, targets, weights):
             "`probs` must have shape (rows, classes), `targets` and `weights` (rows,), with at least one row, got "
             f"{p.shape}, {y.shape} and {w.shape}. Pool the members first."
         )
+    p, y = jnp.where(w[:, None] == 0, 0, p), jnp.where(w == 0, 0, y)  # rows of weight 0 may hold anything
     return p, jax.nn.one_hot(y, p.shape[1], dtype=p.dtype) - p, w
 
 

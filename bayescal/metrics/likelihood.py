@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.binning import wilson_interval
+from bayescal.binning import Z95, wilson_interval
 from bayescal.metrics.events import class_probs
 from bayescal.predictive import Gaussian, Predictive, weighted_sum
 from bayescal.types import Array, Metric
@@ -58,10 +58,12 @@ def mean_metric(score: Callable[[Predictive, Array], Float[Array, "batch"]], con
         return MeanSums(weights.sum(), (weights * value).sum(), (weights * value**2).sum(), (weights**2).sum())
 
     def normal_interval(sums):
-        mean = sums.value / sums.weight
+        mean, square, rows = sums.value / sums.weight, sums.square / sums.weight, sums.effective_rows()
         with np.errstate(invalid="ignore"):  # an infinite score has no interval: NaN
-            variance = np.maximum(sums.square / sums.weight - mean**2, 0)
-            half = 1.959963984540054 * (variance / sums.effective_rows()) ** 0.5
+            variance = square - mean**2
+            if np.ndim(variance) == 0 and variance < 1e-4 * square:
+                return None, None  # float32 squares cancel: left to the rows' influence
+            half = Z95 * (variance / rows) ** 0.5
             return mean - half, mean + half
 
     return Metric(measure, lambda sums: sums.value / sums.weight, interval or normal_interval, convention)

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from bayescal.binning import namespace
+from bayescal.binning import Z95, namespace
 from bayescal.types import Array
 
 DRAWN = "interval: percentiles of 500 resamples, seed 0"  # of order statistics, which have no influence
-Z95 = 1.959963984540054  # normal quantile of a 95 % interval
 MOST_SLOPES = 2**18  # groups of rows whose influence is found each by itself
 Rows = Bool[Array, "batch"] | Integer[Array, "batch"] | Float[Array, "batch"]
 

@@ -110,7 +110,7 @@ def average_precision(scores: Rows, positive: Rows, *, weights: Rows | None = No
 
 @stated(
     f"positive class: the event; least with at least that TPR, ties accepted together; {DRAWN}",
-    regular=False,
+    order_statistic=True,
     interval=resampling_interval(_fpr_at_tpr),
 )
 def fpr_at_tpr(scores: Rows, positive: Rows, *, weights: Rows | None = None, tpr: float = 0.95) -> Float[Array, ""]:

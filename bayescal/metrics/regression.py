@@ -285,7 +285,10 @@ def _root(metric: Metric) -> Metric:
 
     def interval(sums: MeanSums):
         assert metric.interval is not None
-        return tuple(np.sqrt(np.maximum(end, 0)) for end in metric.interval(sums))
+        low, high = metric.interval(sums)
+        if low is None or not np.isfinite(high):
+            return None, None
+        return np.sqrt(np.maximum(low, 0)), np.sqrt(high)
 
     return metric._replace(compute=compute, interval=interval)
 

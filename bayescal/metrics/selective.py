@@ -210,7 +210,7 @@ def prediction_rejection_ratio(
 
 @stated(
     f"the ceil(coverage n) most confident rows; ties in random order; {DRAWN}",
-    regular=False,
+    order_statistic=True,
     interval=resampling_interval(_risk_at_coverage),
 )
 def risk_at_coverage(
@@ -236,7 +236,7 @@ def risk_at_coverage(
 @stated(
     f"greatest k / n, over all k; 0 if none; ties in random order; {DRAWN}",
     better="higher",
-    regular=False,
+    order_statistic=True,
     interval=resampling_interval(_coverage_at_risk),
 )
 def coverage_at_risk(

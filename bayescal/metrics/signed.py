@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxtyping import Float
 
-from bayescal.binning import namespace
+from bayescal.binning import Z95, namespace
 from bayescal.metrics.events import Events, top_label
 from bayescal.metrics.likelihood import check_rows, mean_metric
 from bayescal.types import Array, Metric
@@ -99,7 +99,7 @@ def spiegelhalter_z(*, events: Events | None = None) -> Metric:
 
     def interval(sums):
         z = compute(sums)
-        return z - 1.959963984540054, z + 1.959963984540054
+        return z - Z95, z + Z95
 
     return Metric(measure, compute, interval, f"{events.name}; z of Spiegelhalter's test", "neither", regular=False)
 

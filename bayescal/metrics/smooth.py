@@ -13,6 +13,7 @@ from bayescal.metrics.inversion import gap_norm_interval
 from bayescal.types import Metric
 
 FEWEST_BINS = 100
+STRETCHES = 15  # of [0, 1], in each of which the noise is at least that of a proportion
 FIELD_POINTS = 81  # where the interval looks at the smoothed gap: its inversion costs points cubed
 
 
@@ -50,7 +51,9 @@ class GapField(NamedTuple):
 
 
 @cache
-def smooth_error(*, events: Events | None = None, num_bins: int = 3840, sigma: float | None = None) -> Metric:
+def smooth_calibration_error(
+    *, events: Events | None = None, num_bins: int = 3840, sigma: float | None = None
+) -> Metric:
     """Smooth calibration error S(sigma) = int_0^1 |mean_i (confidence_i - correct_i) K_sigma(t, confidence_i)| dt.
 
     K is a Gaussian of standard deviation sigma reflected at 0 and 1, and sigma the root of S(sigma) = sigma, so that
@@ -98,8 +101,8 @@ def smooth_curve(sums: Histogram, *, sigma: float | None = None) -> SmoothCurve:
     """The smoothed reliability curve E[correct | t] = sum_i correct_i K(t, c_i) / sum_i K(t, c_i). Host only.
 
     Args:
-        sums: totals of `smooth_error` (or of any fine histogram), as `bayescal.evaluate.measure` gives them.
-        sigma: the kernel's width; None = the fixed point of `smooth_error`.
+        sums: totals of `smooth_calibration_error` (or of any fine histogram), as `bayescal.evaluate.measure` gives them.
+        sigma: the kernel's width; None = the fixed point of `smooth_calibration_error`.
     Source: Błasiok and Nakkiran 2024 (recalled, formula not checked against the paper).
     """
     modes = _Modes(sums)
@@ -121,20 +124,31 @@ def gap_field(sums: Histogram, *, sigma: float | None = None) -> GapField:
     Weights are taken to be alike within a fine bin.
 
     Args:
-        sums: totals of `smooth_error`.
-        sigma: the kernel's width; None = the fixed point of `smooth_error`.
+        sums: totals of `smooth_calibration_error`.
+        sigma: the kernel's width; None = the fixed point of `smooth_calibration_error`.
     """
     modes = _Modes(sums)
     sigma = modes.fixed_point() if sigma is None else sigma
     weight, square, weight_square = (np.asarray(x, np.float64) for x in (sums.weight, sums.square, sums.weight_square))
     total, bins = weight.sum(), len(weight)
-    spread = modes.place(square * weight_square / np.where(weight > 0, weight, 1)) / total**2  # sum of (w gap)^2
+    own = square * weight_square / np.where(weight > 0, weight, 1)  # sum of (w gap)^2
+    spread = modes.place(_at_least_binomial(own, sums)) / total**2
     points = np.rint(np.linspace(0, bins, FIELD_POINTS)).astype(int)
     kernel = modes.smooth(modes.cosines((points[:, None] == np.arange(bins + 1)).astype(float)), sigma)
     gap = modes.smooth(modes.residual, sigma)[points]
     covariance = (kernel * spread) @ kernel.T - np.outer(gap, gap) * weight_square.sum() / total**2
     edges = np.concatenate([[0], (points[1:] + points[:-1]) / 2, [bins]]) / bins
     return GapField(gap, covariance, np.diff(edges))
+
+
+def _at_least_binomial(own, sums: Histogram):
+    """Each bin's sum of (w gap)^2; in a stretch of bins whose rows all went one way, what a proportion has for noise."""
+    stretch = np.arange(len(own)) * STRETCHES // len(own)
+    weight, gap, confidence, _, weight_square = (np.bincount(stretch, np.asarray(x, np.float64)) for x in sums)
+    together = Histogram(weight, gap, confidence, np.zeros_like(weight), weight_square)
+    least = weight**2 * together.error_variance()
+    share = np.asarray(sums.weight_square, np.float64) / np.where(weight_square > 0, weight_square, 1)[stretch]
+    return np.where((np.bincount(stretch, own) < least)[stretch], share * least[stretch], own)
 
 
 class _Modes:

@@ -28,7 +28,7 @@ class SoftBins(NamedTuple):
 
 
 @cache
-def soft_binned_error(
+def soft_binned_calibration_error(
     *, events: Events | None = None, num_bins: int = 15, temperature: float = 0.01, norm: float = 2
 ) -> Metric:
     """Soft-binned ECE: (sum_b S_b / n |A_b - C_b|^norm)^(1 / norm), S_b = sum_i softmax_b(-(c_i - g_b)^2 / temperature).

@@ -12,14 +12,15 @@ from bayescal.metrics.adaptive import check_columns
 from bayescal.metrics.calibration import check_norm, norm_of_gaps
 from bayescal.metrics.events import Outcome, RowWeights
 from bayescal.metrics.whole import stated
+from bayescal.predictive import float32_or_wider
 from bayescal.types import Array
 
 Scheme = Literal["mass", "width"]
 Scalar = Float[Array, ""]
 
 
-@stated("ECE_SWEEP; unless stated scheme = mass, norm = 1, max_bins = 1000", regular=False)
-def sweep_error(
+@stated("ECE_SWEEP", regular=False)
+def sweep_calibration_error(
     probability: Float[Array, "batch"],
     outcome: Outcome,
     *,
@@ -39,7 +40,7 @@ def sweep_error(
         weights: non-negative; None = all alike; a weight is a repetition.
         scheme: "mass" = equal mass, equal probabilities grouped as in `equal_mass_histogram`; "width" = equal width, closed
             on the left, empty bins passed over.
-        norm: as in `equal_mass_error`.
+        norm: as in `equal_mass_calibration_error`.
         max_bins: where the sweep ends, if nothing ends it before (all outcomes alike, say).
 
     Raises:
@@ -61,10 +62,10 @@ def sweep_num_bins(
     scheme: Scheme = "mass",
     max_bins: int = 1000,
 ) -> Int[Array, ""]:
-    """The number of bins that `sweep_error` settles on, at least 1.
+    """The number of bins that `sweep_calibration_error` settles on, at least 1.
 
     Args:
-        probability, outcome, weights, scheme, max_bins: see `sweep_error`.
+        probability, outcome, weights, scheme, max_bins: see `sweep_calibration_error`.
     """
     check_columns(probability, outcome, weights)
     return _sweep(probability, outcome, weights, scheme, max_bins)[2]
@@ -80,6 +81,7 @@ def _sweep(probability, outcome, weights, scheme: Scheme, max_bins: int):
     if not n:
         return jnp.zeros(1), jnp.zeros(1), jnp.int32(1)
     limit = min(max_bins, n)
+    probability, outcome = float32_or_wider(probability), float32_or_wider(outcome)
     order = jnp.argsort(probability)
     ordered = probability[order]
 

@@ -40,6 +40,11 @@ def check_targets_and_weights(pred: Predictive, targets, weights) -> None:
                 f"`weights` must be one finite non-negative number per row, {targets.shape[:1]}, not all zero, got "
                 f"shape {given.shape}. Leave them out for equal weights."
             )
+        if not 1e-12 <= given.max() <= 1e12:
+            raise ValueError(
+                "`weights` must be largest between 1e-12 and 1e12, so that their squares are numbers in float32, got a "
+                f"largest of {given.max():g}. Divide them by their mean: only their ratios count."
+            )
 
 
 def check_predictive(pred: Predictive, first: int = 0) -> None:
