@@ -192,6 +192,24 @@ def proportion_variance(rate, n):
     return shrunk * (1 - shrunk) / (n + Z95**2)
 
 
+def folded_normal_mean(mean, variance):
+    """Mean size of a normal variable, E|N(mean, variance)|, which is |mean| where the variance is 0; unit of the mean.
+
+    Args:
+        mean: of any shape.
+        variance: non-negative, of the same shape.
+    """
+    xp = namespace(mean)
+    if xp is np:
+        from scipy.special import erf  # slow to import
+    else:
+        from jax.scipy.special import erf
+    spread = xp.where(variance > 0, variance, 1) ** 0.5
+    ratio = mean / spread
+    folded = spread * (2 / np.pi) ** 0.5 * xp.exp(-(ratio**2) / 2) + mean * erf(ratio / 2**0.5)
+    return xp.where(variance > 0, folded, abs(mean))
+
+
 def wilson_interval(rate, n, z: float = Z95):
     """Wilson score interval of a proportion: (low, high), arrays like `rate`; NaN for n = 0.
 

@@ -46,10 +46,17 @@ def evaluate(
         ValueError: for NaN predictions, probabilities that are none, targets out of range or of the wrong shape or
             type, unusable weights, no rows, a metric of whole columns across processes.
     """
-    if across_processes:
-        return _evaluate_share(pred, targets, metrics, weights, groups, batch_size)
+    wholes = [name for name, m in metrics.items() if isinstance(m, WholeMetric)]
+    if across_processes and (wholes or groups is not None):
+        raise ValueError(
+            f"`across_processes` adds sums, got {wholes or 'groups'}, which need all rows in one place. Gather the "
+            "predictions first, or use streaming metrics."
+        )
     sums, columns = _pass(pred, targets, metrics, weights, batch_size)
     n = len(targets) if weights is None else int((np.asarray(weights) > 0).sum())
+    if across_processes:
+        sums, rows = sum_over_processes((sums, np.float64(n)))
+        n = int(rows)
     result = {}
     for name, metric in metrics.items():
         if isinstance(metric, WholeMetric):
@@ -59,7 +66,7 @@ def evaluate(
         low, high = None, None
         if metric.interval and groups is None and n > 1:
             low, high = metric.interval(*known)
-        if low is None and metric.regular and n > 1:
+        if low is None and metric.regular and n > 1 and not across_processes:  # influence needs the sums of all
             influence = _influences(metric, pred, targets, weights, batch_size, sums.get(name), columns)
             half = Z95 * standard_error(influence, weights, groups)
             low, high = value - half, value + half
@@ -276,22 +283,3 @@ def _ones_or_float32(weights, rows: int) -> np.ndarray:
 
 def _float32(weights):
     return None if weights is None else np.asarray(weights, np.float32)
-
-
-def _evaluate_share(pred, targets, metrics, weights, groups, batch_size):
-    wholes = [name for name, m in metrics.items() if isinstance(m, WholeMetric)]
-    if wholes or groups is not None:
-        raise ValueError(
-            f"`across_processes` adds sums, got {wholes or 'groups'}, which need all rows in one place. Gather the "
-            "predictions first, or use streaming metrics."
-        )
-    sums, n = measure(pred, targets, metrics, weights=weights, batch_size=batch_size), len(targets)
-    if weights is not None:
-        n = int((np.asarray(weights) > 0).sum())
-    sums, n = sum_over_processes((sums, np.float64(n)))
-    result = {}
-    for name, metric in metrics.items():
-        low, high = metric.interval(sums[name]) if metric.interval else (None, None)
-        low, high = (None if x is None or not np.isfinite(x) else float(x) for x in (low, high))
-        result[name] = Estimate(float(metric.compute(sums[name])), low, high, int(n), metric.convention)
-    return result

@@ -126,3 +126,24 @@ def test_nearly_constant_scores_have_the_interval_of_their_spread(rng):
     pred = bc.Gaussian(np.zeros((1, 4000, 1), np.float32), (std**2)[None, :, None].astype(np.float32))
     found = bc.evaluate(pred, np.zeros((4000, 1), np.float32), {"it": m.sharpness()})["it"]
     np.testing.assert_allclose((found.high - found.low) / 2, 1.96 * std.std() / np.sqrt(4000), rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("probability", 2.0, "`probability` must lie in .0, 1., got 2 in 1 of 20 rows"),
+        ("outcome", 5.0, "`outcome` must be 0 or 1, got 5 in 1 of 20 rows"),
+        ("weights", -1.0, "`weights` must be non-negative, got -1"),
+    ],
+)
+def test_columns_that_are_no_events(unchecked, rng, column, value, words):
+    """Called directly with numpy columns, each function says what is wrong; a row of weight 0 may hold it."""
+    given = {"probability": rng.uniform(size=20), "outcome": rng.integers(0, 2, 20) * 1.0, "weights": np.ones(20)}
+    given[column] = np.where(np.arange(20) == 3, value, given[column])
+    functions = (m.ks_error, m.kuiper_error, m.mmce, m.equal_mass_calibration_error, m.sweep_calibration_error)
+    for function in functions:
+        with pytest.raises(ValueError, match=words):
+            function(given["probability"], given["outcome"], weights=given["weights"])
+        if column != "weights":
+            left_out = np.where(np.arange(20) == 3, 0.0, 1.0)
+            assert 0 <= function(given["probability"], given["outcome"], weights=left_out) <= 1

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayescal.binning import Histogram, bin_edges, histogram, namespace
+from bayescal.binning import Histogram, check_bins, histogram
 from bayescal.metrics.calibration import (
+    bin_shares,
     check_norm,
     debiased_squares,
     norm_interval,
@@ -17,7 +18,7 @@ from bayescal.metrics.calibration import (
     norm_words,
     squared_calibration_error,
 )
-from bayescal.metrics.events import Outcome, RowWeights, class_probs
+from bayescal.metrics.events import Outcome, RowWeights, check_values, class_probs
 from bayescal.metrics.whole import stated
 from bayescal.predictive import float32_or_wider
 from bayescal.types import Array, WholeMetric
@@ -52,13 +53,14 @@ def equal_mass_histogram(
         ValueError: for columns of different shapes, a number of bins below 1, another word for `ties`.
     """
     check_columns(probability, outcome, weights)
+    check_values(probability, outcome, weights)
     return _equal_mass(probability, outcome, weights, num_bins, ties)
 
 
 def _equal_mass_interval(probability, outcome, *, norm=1, debiased=False, **settings):
     del debiased  # the interval is for the norm of the true gaps, whatever its estimate
     sums = _on_host(equal_mass_histogram(probability, outcome, **settings))
-    return norm_interval(sums, _shares(sums), norm)
+    return norm_interval(sums, bin_shares(sums), norm)
 
 
 @stated(
@@ -96,7 +98,7 @@ def equal_mass_calibration_error(
     """
     check_norm(norm, debiased)
     sums = equal_mass_histogram(probability, outcome, weights=weights, num_bins=num_bins, ties=ties)
-    return norm_of_gaps(sums, _shares(sums), norm, debiased)
+    return norm_of_gaps(sums, bin_shares(sums), norm, debiased)
 
 
 def _square_interval(probability, outcome, **settings):
@@ -131,7 +133,7 @@ def squared_equal_mass_calibration_error(
         checked against the papers).
     """
     sums = equal_mass_histogram(probability, outcome, weights=weights, num_bins=num_bins, ties=ties)
-    return (_shares(sums) * debiased_squares(sums)).sum()
+    return (bin_shares(sums) * debiased_squares(sums)).sum()
 
 
 def nixon_calibration_error(
@@ -184,7 +186,7 @@ def nixon_calibration_error(
         kept = weights if threshold == 0 else jnp.where(probability > threshold, plain, 0)
         happened = (targets == label).astype(probability.dtype)
         sums = _equal_mass(probability, happened, kept, num_bins, ties)
-        error = norm_of_gaps(sums, _shares(sums), norm, debiased)
+        error = norm_of_gaps(sums, bin_shares(sums), norm, debiased)
         return jnp.where(sums.weight.sum() > 0, error**norm, 0.0)
 
     errors = jax.lax.map(of_class, jnp.arange(probs.shape[1]))
@@ -231,7 +233,7 @@ def _class_columns(pred, targets):
 
 @partial(jax.jit, static_argnames=("num_bins", "ties"))
 def _equal_mass(probability, outcome, weights, num_bins: int, ties: Ties) -> Histogram:
-    bin_edges(num_bins)  # complains about the number
+    check_bins(num_bins)
     if ties not in get_args(Ties):
         raise ValueError(
             f"`ties` must be 'grouped' or 'rank', got {ties!r}. 'grouped' never parts equal probabilities."
@@ -272,11 +274,6 @@ def _equal_mass(probability, outcome, weights, num_bins: int, ties: Ties) -> His
         share = jnp.maximum(overlap, 0) / jnp.maximum(held, 1)  # whole numbers
     share = jax.lax.stop_gradient(share.astype(probability.dtype))
     return Histogram(*(jnp.matmul(share, x[:, 0], precision="highest") for x in sums))
-
-
-def _shares(sums: Histogram):
-    xp, total = namespace(sums.weight), sums.weight.sum()
-    return sums.weight / xp.where(total > 0, total, xp.nan)
 
 
 def _on_host(sums: Histogram) -> Histogram:

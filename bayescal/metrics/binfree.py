@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bayescal.binning import proportion_variance
-from bayescal.metrics.events import Outcome, RowWeights
+from bayescal.metrics.events import Outcome, RowWeights, check_values
 from bayescal.metrics.whole import stated
 from bayescal.types import Array
 
@@ -180,11 +180,12 @@ def columns(probability, outcome, weights):
     """The columns of events as floats, weights of one where None.
 
     Raises:
-        ValueError: where they are not one axis of the same length, or have no rows.
+        ValueError: where they are not one axis of the same length, have no rows, or numpy columns hold no events.
     """
     p, y = jnp.asarray(probability), jnp.asarray(outcome)
     p = p.astype(jnp.promote_types(p.dtype, jnp.float32))
     _check_shapes(p, y, weights)
+    check_values(probability, outcome, weights)
     y = y.astype(p.dtype)
     if weights is None:
         return p, y, jnp.ones_like(p)

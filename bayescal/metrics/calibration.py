@@ -5,8 +5,16 @@ from typing import Literal
 
 import numpy as np
 
-from bayescal.binning import Closed, Histogram, check_bins, histogram, namespace
+from bayescal.binning import (
+    Closed,
+    Histogram,
+    check_bins,
+    folded_normal_mean,
+    histogram,
+    namespace,
+)
 from bayescal.metrics.events import Events, top_label
+from bayescal.metrics.inversion import gap_norm_interval, signed_square_interval
 from bayescal.metrics.likelihood import check_rows
 from bayescal.types import Metric
 
@@ -113,8 +121,6 @@ def squared_calibration_error(*, events: Events | None = None, num_bins: int = 1
     base = confidence_histogram(events=events or top_label(), num_bins=num_bins, closed=closed)
 
     def interval(sums):
-        from bayescal.metrics.inversion import signed_square_interval
-
         kept = sums.rows() > 1.5
         share = sums.weight[kept] / sums.weight.sum()
         counted = share.sum()
@@ -148,7 +154,7 @@ def norm_of_gaps(sums: Histogram, share, norm: float, debiased: bool = False):
     if not debiased:
         return (share * gap**norm).sum(-1) ** (1 / norm)
     if norm == 1:
-        return (share * (2 * gap - _folded_normal_mean(gap, _outcome_variance(sums, sums.rows())))).sum(-1)
+        return (share * (2 * gap - folded_normal_mean(gap, _outcome_variance(sums, sums.rows())))).sum(-1)
     return xp.maximum((share * debiased_squares(sums)).sum(-1), 0) ** 0.5
 
 
@@ -161,8 +167,6 @@ def debiased_squares(sums: Histogram):
 
 def norm_interval(sums: Histogram, share, norm: float):
     """95 % interval for the norm of the true gaps, by test inversion, for histograms of bins that share no row. Host only."""
-    from bayescal.metrics.inversion import gap_norm_interval
-
     kept = share > 0
     if not kept.any():
         return None, None
@@ -190,16 +194,3 @@ def _outcome_variance(sums: Histogram, divisor):
     """Accuracy times one minus itself over `divisor`, 0 in empty bins."""
     xp, accuracy = namespace(sums.weight), sums.accuracy()
     return accuracy * (1 - accuracy) / xp.where(sums.weight > 0, divisor, 1)
-
-
-def _folded_normal_mean(mean, variance):
-    """E|N(mean, variance)|, which is |mean| where the variance is 0."""
-    xp = namespace(mean)
-    if xp is np:
-        from scipy.special import erf  # slow to import
-    else:
-        from jax.scipy.special import erf
-    spread = xp.where(variance > 0, variance, 1) ** 0.5
-    ratio = mean / spread
-    folded = spread * (2 / np.pi) ** 0.5 * xp.exp(-(ratio**2) / 2) + mean * erf(ratio / 2**0.5)
-    return xp.where(variance > 0, folded, abs(mean))

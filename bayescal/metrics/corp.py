@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.binning import Z95, Closed, Histogram, bin_edges, bin_index
+from bayescal.binning import Z95, Closed, Histogram, bin_index, check_bins
 from bayescal.metrics.binfree import ROUNDING
 from bayescal.metrics.events import Outcome, RowWeights
 from bayescal.types import Array, Estimate, Key
@@ -118,7 +118,7 @@ def murphy(
         ValueError: for columns that are no forecasts of yes-or-no events, fewer than one bin.
     Source: Murphy 1973; within-bin terms Stephenson et al. 2008 (recalled, formula not checked against the paper).
     """
-    bin_edges(num_bins)  # complains about the number
+    check_bins(num_bins)
     p, y, w = _checked(probability, outcome, weights)
     index = np.asarray(bin_index(p.astype(np.float32), num_bins, closed))
     total = np.bincount(index, w, num_bins)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bayescal.binning import folded_normal_mean
 from bayescal.metrics.likelihood import mean_metric
 from bayescal.metrics.regression import check_normals
 from bayescal.predictive import Gaussian, float32_or_wider, weighted_sum
@@ -54,12 +55,12 @@ def mixture_crps(pred: Gaussian, targets: Float[Array, "*batch dim"]) -> Float[j
     check_normals(pred, targets)
     mean, variance = float32_or_wider(pred.mean), pred.member_variance()
     weights = jnp.broadcast_to(pred.weights()[..., None], mean.shape)
-    error = weighted_sum(_mean_size(jnp.asarray(targets)[None] - mean, variance), weights)
+    error = weighted_sum(folded_normal_mean(jnp.asarray(targets)[None] - mean, variance), weights)
     own = weighted_sum(weights * jnp.sqrt(variance / math.pi), weights)  # 1/2 A(0, 2 v) = sqrt(v / pi)
 
     def distance(one, other):
         (m, v, w), (n, u, q) = one, other
-        size = _mean_size(m - n, v + u)
+        size = folded_normal_mean(m - n, v + u)
         return jnp.where(w * q == 0, 0, w * q * jnp.where(w * q == 0, 0, size))
 
     return error - own - _over_pairs(distance, (mean, variance, weights))
@@ -79,7 +80,7 @@ def crps_gaussian(
     Source: Gneiting and Raftery 2007.
     """
     mean, std, y = (float32_or_wider(x) for x in (mean, std, y))
-    return _mean_size(y - mean, std**2) - std / math.sqrt(math.pi)
+    return folded_normal_mean(y - mean, std**2) - std / math.sqrt(math.pi)
 
 
 def crps_ensemble(
@@ -176,15 +177,6 @@ def variogram_score(
     expected = jax.lax.scan(add, jnp.zeros((*x.shape[1:], x.shape[-1]), x.dtype), x)[0] / len(x)
     square = (_variogram(y, p) - expected) ** 2
     return (square if pair_weights is None else square * pair_weights).sum((-2, -1))
-
-
-def _mean_size(mean, variance):
-    """E|N(mean, variance)|; |mean| where the variance is 0."""
-    positive = variance > 0
-    spread = jnp.sqrt(jnp.where(positive, variance, 1))
-    z = mean / spread
-    size = spread * math.sqrt(2 / math.pi) * jnp.exp(-(z**2) / 2) + mean * jax.scipy.special.erf(z / math.sqrt(2))
-    return jnp.where(positive, size, jnp.abs(mean))
 
 
 def _length(x):

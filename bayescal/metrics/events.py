@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from bayescal.predictive import Gaussian, Predictive
@@ -56,6 +57,35 @@ def one_class(label: int) -> Events:
         return probs[..., label], (targets == label).astype(jnp.float32)
 
     return Events(read, f"class {label}")
+
+
+def check_values(probability, outcome, weights) -> None:
+    """Raises for numpy columns of events whose numbers are none; what jax holds is not looked at (undefined is NaN there).
+
+    Args:
+        probability: in [0, 1], but for a rounding of a pool in float32; NaN passes, and makes the result NaN.
+        outcome: 0 or 1.
+        weights: non-negative, or None; rows of weight 0 may hold anything.
+
+    Raises:
+        ValueError: for a probability, outcome or weight out of range in a row that counts.
+    """
+    if any(x is not None and not isinstance(x, np.ndarray) for x in (probability, outcome, weights)):
+        return
+    if weights is not None and (weights < 0).any():
+        raise ValueError(f"`weights` must be non-negative, got {weights.min():g}. Leave them out for equal weights.")
+    counts = slice(None) if weights is None else weights > 0
+    for name, x, wrong in (
+        ("probability", probability[counts], lambda x: (x < 0) | (x > 1 + 1e-6)),
+        ("outcome", outcome[counts], lambda x: (x != 0) & (x != 1)),
+    ):
+        bad = wrong(x)
+        if bad.any():
+            allowed = "lie in [0, 1]" if name == "probability" else "be 0 or 1"
+            raise ValueError(
+                f"`{name}` must {allowed}, got {x[bad][0]:g} in {int(bad.sum())} of {len(x)} rows. Pass probabilities, not "
+                "logits, and whether each event happened."
+            )
 
 
 def class_probs(pred: Predictive) -> Float[jax.Array, "batch classes"]:

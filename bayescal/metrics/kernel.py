@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayescal.binning import Closed, bin_edges, bin_index
+from bayescal.binning import Closed, bin_index, check_bins
 from bayescal.metrics.binfree import CalibrationTest, columns
 from bayescal.metrics.events import Events, Outcome, RowWeights, class_probs
 from bayescal.metrics.whole import stated
@@ -230,7 +230,7 @@ def local_calibration_error(
     Source: Luo et al. 2022 (recalled, formula not checked against the paper).
     """
     _check_positive("gamma", gamma, "0.2 suits standardised features")
-    bin_edges(num_bins)  # complains about the number
+    check_bins(num_bins)
     p, y, w = columns(probability, outcome, weights)
     x = jnp.asarray(features)
     if x.ndim != 2 or len(x) != len(p):

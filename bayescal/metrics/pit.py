@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.binning import bin_edges, bin_index, namespace, wilson_interval
+from bayescal.binning import bin_index, check_bins, namespace, wilson_interval
 from bayescal.metrics.likelihood import check_rows
 from bayescal.metrics.regression import mixture_cdf
 from bayescal.predictive import Gaussian, float32_or_wider
@@ -116,7 +116,7 @@ def pit_histogram(*, num_bins: int = 10) -> Metric:
     Raises:
         ValueError: for fewer than one bin.
     """
-    bin_edges(num_bins)  # complains about the number
+    check_bins(num_bins)
 
     def measure(pred, targets, weights):
         check_rows(weights.shape[0])

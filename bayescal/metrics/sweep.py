@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from bayescal.binning import Histogram, bin_edges
+from bayescal.binning import Histogram, check_bins
 from bayescal.metrics.adaptive import check_columns
 from bayescal.metrics.calibration import check_norm, norm_of_gaps
-from bayescal.metrics.events import Outcome, RowWeights
+from bayescal.metrics.events import Outcome, RowWeights, check_values
 from bayescal.metrics.whole import stated
 from bayescal.predictive import float32_or_wider
 from bayescal.types import Array
@@ -48,6 +48,7 @@ def sweep_calibration_error(
     Source: Roelofs et al. 2022.
     """
     check_columns(probability, outcome, weights)
+    check_values(probability, outcome, weights)
     check_norm(norm, debiased=False)
     weight, gap, _ = _sweep(probability, outcome, weights, scheme, max_bins)
     share = weight / jnp.where(weight.sum() > 0, weight.sum(), jnp.nan)
@@ -68,13 +69,14 @@ def sweep_num_bins(
         probability, outcome, weights, scheme, max_bins: see `sweep_calibration_error`.
     """
     check_columns(probability, outcome, weights)
+    check_values(probability, outcome, weights)
     return _sweep(probability, outcome, weights, scheme, max_bins)[2]
 
 
 @partial(jax.jit, static_argnames=("scheme", "max_bins"))
 def _sweep(probability, outcome, weights, scheme: Scheme, max_bins: int):
     """Weight and weighted gap of each bin, zero beyond the number of bins chosen, and that number."""
-    bin_edges(max_bins)  # complains about the number
+    check_bins(max_bins)
     if scheme not in get_args(Scheme):
         raise ValueError(f"`scheme` must be 'mass' or 'width', got {scheme!r}. Roelofs et al. 2022 prefer equal mass.")
     n = len(probability)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.binning import bin_edges
+from bayescal.binning import check_bins
+from bayescal.metrics.inversion import gap_norm_interval
 from bayescal.metrics.regression import check_normals
 from bayescal.predictive import float32_or_wider
 from bayescal.types import Array, WholeMetric
@@ -59,7 +60,7 @@ def variance_bins(
     Raises:
         ValueError: for columns of other shapes, no rows, fewer than one bin, another binning.
     """
-    bin_edges(num_bins)  # complains about the number
+    check_bins(num_bins)
     if binning not in ("mass", "width"):
         raise ValueError(f"`binning` must be 'mass' or 'width', got {binning!r}. 'mass' fills all bins.")
     shapes = [np.shape(x) for x in (variance, squared_error, weights) if x is not None]
@@ -241,8 +242,6 @@ def _gap_variance(bins: VarianceBins):
 
 def _inverted(gap, variance, share):
     """Interval for the mean size of gaps in any unit."""
-    from bayescal.metrics.inversion import gap_norm_interval
-
     if not np.isfinite(gap).all() or not np.isfinite(variance).all():
         return None, None
     unit = 100 * float((abs(gap) + 3 * np.sqrt(variance)).max())  # `gap_norm_interval` is for gaps in [-1, 1]
