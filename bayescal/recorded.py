@@ -1,5 +1,6 @@
 """Anybody's predictions from a file to figures: `python -m bayescal evaluate FILE`, and the same as a function."""
 
+import importlib.util
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -68,7 +69,13 @@ def evaluate_file(
 
     Raises:
         FileNotFoundError, ValueError: as `read_predictions` and `evaluate`.
+        ImportError: where there is a folder to write to and no matplotlib, before anything is computed.
     """
+    if out is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "`out` needs matplotlib for the pictures of report.html, got none installed. "
+            "Run `pip install bayescal[experiments]`, or leave `out` away for the figures alone."
+        )
     recorded = read_predictions(path)
     result = assess(recorded, clip=clip, num_bins=num_bins, num_replicates=num_replicates, seed=seed)
     result = {"source": Path(path).name, **result}

@@ -338,3 +338,9 @@ def test_the_same_shapes_compile_once(rng, tmp_path):
     compiled = _measure._cache_size()
     evaluate_file(tmp_path / "a.npz")
     assert _measure._cache_size() == compiled
+
+
+def test_a_page_needs_matplotlib_and_says_so_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["evaluate", str(tmp_path / "none.npz"), "--out", str(tmp_path / "out")]) == 2
+    assert "pip install bayescal[experiments]" in capsys.readouterr().err and not (tmp_path / "out").exists()
