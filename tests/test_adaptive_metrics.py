@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import oracles_adaptive as oracles
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rows_adaptive import FORMS, NIXON, ROWS, RULES, all_nixon, everything, forecasts, swept
 
@@ -76,6 +76,7 @@ def test_by_hand():
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**31))
+@example(53272)  # the debiased root is 0.0037 here: one float32 rounding of its square is 2e-4 of it
 def test_row_order_does_not_matter(seed):
     """Half of the rows share one probability, which every cut in the middle parts: a stable sort alone would not do."""
     rng = np.random.default_rng(seed)
@@ -92,7 +93,12 @@ def test_row_order_does_not_matter(seed):
     ours = [everything(probability[o], outcome[o], None) for o in (by_outcome, by_failure, rng.permutation(ROWS))]
     for name in ours[0]:
         for other in ours[1:]:
-            np.testing.assert_allclose(other[name], ours[0][name], rtol=1e-5, atol=2e-7, err_msg=name)
+            if name.endswith(
+                "debiased l2"
+            ):  # a root of a difference: rounding is that of the square, which is compared
+                np.testing.assert_allclose(other[name] ** 2, ours[0][name] ** 2, rtol=1e-5, atol=2e-8, err_msg=name)
+            else:
+                np.testing.assert_allclose(other[name], ours[0][name], rtol=1e-5, atol=2e-7, err_msg=name)
     for scheme in ("mass", "width"):
         values = [swept(probability[o], outcome[o], None, scheme) for o in (by_outcome, by_failure)]
         np.testing.assert_allclose(values[0], values[1], rtol=1e-5)

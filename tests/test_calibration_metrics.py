@@ -31,7 +31,6 @@ from bayescal.predictive import Probabilities
 pytestmark = pytest.mark.core
 
 KISH = {"debiased", "debiased_2", "square", "mce_10", "average_5", "z"}  # read effective rows: weights are no counts
-EXTENSIVE = {"z"}  # grows with the number of rows
 
 
 @pytest.mark.parametrize("weighted", [False, True])
