@@ -204,7 +204,7 @@ def folded_normal_mean(mean, variance):
         from scipy.special import erf  # slow to import
     else:
         from jax.scipy.special import erf
-    spread = xp.where(variance > 0, variance, 1) ** 0.5
+    spread = xp.sqrt(xp.where(variance > 0, variance, 1))  # not a power, which XLA takes by logarithms
     ratio = mean / spread
     folded = spread * (2 / np.pi) ** 0.5 * xp.exp(-(ratio**2) / 2) + mean * erf(ratio / 2**0.5)
     return xp.where(variance > 0, folded, abs(mean))
