@@ -204,10 +204,11 @@ def classwise_equal_mass_calibration_error(
 ) -> WholeMetric:
     """`nixon_calibration_error` of the pool's class probabilities, as a metric for `evaluate`: ACE, with a threshold TACE.
 
-    No interval: the classes' bins share their rows.
+    In [0, 1]; lower is better. No interval: the classes' bins share their rows.
 
     Args:
         num_bins, threshold, norm, ties, debiased: see `nixon_calibration_error`.
+    Source: Nixon et al. 2019.
     """
 
     def compute(probs, targets, weights):

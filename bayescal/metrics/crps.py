@@ -30,6 +30,7 @@ def crps(*, over_dim: Literal["mean", "sum"] = "mean") -> Metric:
 
     Raises:
         ValueError: for another word.
+    Source: Gneiting and Raftery 2007; Grimit et al. 2006 for mixtures (recalled).
     """
     if over_dim not in ("mean", "sum"):
         raise ValueError(f"`over_dim` must be 'mean' or 'sum', got {over_dim!r}. For one dimension they are the same.")

@@ -128,7 +128,8 @@ def ence(
 def uncertainty_calibration_error(*, dim: int = 0, num_bins: int = 10, binning: Binning = "mass") -> WholeMetric:
     """`uce` of the mixture's variance and the squared error of its mean, in one dimension, as a metric for `evaluate`.
 
-    Interval: by test inversion, for the bins' true gaps; none with a bin of a single row.
+    In squared unit, at least 0; lower is better. Interval: by test inversion, for the bins' true gaps; none with a bin of
+    a single row.
 
     Args:
         dim: which dimension of the targets.
@@ -136,6 +137,7 @@ def uncertainty_calibration_error(*, dim: int = 0, num_bins: int = 10, binning: 
 
     Raises:
         ValueError: when read, for a dimension that the targets do not have; as `variance_bins`.
+    Source: Laves et al. 2020 (recalled, formula not checked against the paper).
     """
 
     def interval(variance, squared_error, weights):
@@ -152,7 +154,8 @@ def expected_normalised_calibration_error(
 ) -> WholeMetric:
     """`ence` of the mixture's variance and the squared error of its mean, in one dimension, as a metric for `evaluate`.
 
-    Interval: by test inversion, for the bins' true gaps; none with a bin of a single row, or without error.
+    Without unit, at least 0; lower is better. Interval: by test inversion, for the bins' true gaps; none with a bin of a
+    single row, or without error.
 
     Args:
         dim: which dimension of the targets.
@@ -160,6 +163,7 @@ def expected_normalised_calibration_error(
 
     Raises:
         ValueError: when read, for a dimension that the targets do not have; as `variance_bins`.
+    Source: Levi et al. 2022 (recalled, formula not checked against the paper).
     """
 
     def interval(variance, squared_error, weights):
