@@ -44,7 +44,7 @@ def compare(
     groups=None,
     key: Key | None = None,
     num_replicates: int | None = None,
-    batch_size: int = 2**16,
+    batch_size: int | None = None,
 ) -> Comparison:
     """metric(a) - metric(b) on the same rows, with 95 % interval and p-value, row by row ("paired").
 
@@ -59,7 +59,7 @@ def compare(
         key: None = normal interval and p-value from the difference of the rows' influences; a key = percentiles of the
             paired bootstrap, where both are resampled alike, and p = twice the smaller tail beyond zero.
         num_replicates: of the bootstrap; None = 1000.
-        batch_size: rows a device call.
+        batch_size: as in `evaluate`.
 
     Raises:
         ValueError: for an irregular metric, replicates without a key or fewer than 40, and as `evaluate`.
@@ -102,7 +102,7 @@ def bootstrap_intervals(
     num_replicates: int = 1000,
     weights=None,
     groups=None,
-    batch_size: int = 2**16,
+    batch_size: int | None = None,
 ) -> dict[str, Estimate]:
     """The value of every metric with its 95 % percentile interval over weighted resamples of the rows.
 
@@ -120,7 +120,7 @@ def bootstrap_intervals(
         num_replicates: at least 40, for percentiles 2.5 and 97.5 to mean anything.
         weights: of each row; None = ones. They multiply the resampling weights.
         groups: label of each row; whole groups are resampled (clustered bootstrap).
-        batch_size: rows a device call at most.
+        batch_size: as in `evaluate`.
 
     Returns:
         name -> Estimate; no interval where a replicate's value is undefined (a class absent) or infinite.
@@ -170,15 +170,14 @@ def _replicates(pred, targets, metrics, key, number, weights, groups, batch_size
 def _of_sums(pred, targets, metrics, key, number, weights, place):
     measures = tuple(m.measure for m in metrics.values())
     totals, grouped = 0.0, np.zeros(0)
-    for first, batch, labels, mask in batches(pred, targets, weights, BLOCK_ROWS):
+    for new, batch, labels, mask in batches(pred, targets, weights, BLOCK_ROWS):
         if place is None:
-            block = _resampled_sums(measures, batch, labels, mask, key, np.uint32(first), number)
+            block = _resampled_sums(measures, batch, labels, mask, key, np.uint32(new.start), number)
             totals += np.asarray(block, np.float64)
         else:
-            here = place[first : first + len(mask)]
-            sums = np.asarray(_sums_of_rows(measures, batch, labels, mask), np.float64)[: len(here)]
+            sums = np.asarray(_sums_of_rows(measures, batch, labels, mask), np.float64)
             grouped = grouped if grouped.size else np.zeros((place.max() + 1, sums.shape[1]))
-            np.add.at(grouped, here, sums)
+            np.add.at(grouped, place[new], sums[new.start - new.stop :])
     if place is not None:
         for first in range(0, len(grouped), BLOCK_ROWS):
             part = grouped[first : first + BLOCK_ROWS]

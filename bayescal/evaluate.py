@@ -13,6 +13,8 @@ from bayescal.predictive import Predictive, all_good, check_predictive, check_ta
 from bayescal.sharding import sum_over_processes
 from bayescal.types import Array, Estimate, Metric, WholeMetric
 
+BATCH_NUMBERS = 2**21  # numbers of a predictive that go into one device call: larger ones leave the caches
+
 
 def evaluate(
     pred: Predictive,
@@ -21,7 +23,7 @@ def evaluate(
     *,
     weights=None,
     groups=None,
-    batch_size: int = 2**16,
+    batch_size: int | None = None,
     across_processes: bool = False,
 ) -> dict[str, Estimate]:
     """The value of every metric, with 95 % interval, n and convention.
@@ -35,7 +37,7 @@ def evaluate(
         metrics: name -> metric.
         weights: non-negative weight of each row; None = ones. Rows of weight 0 count for nothing.
         groups: label of each row; rows of one group (patient, document, video) are not independent, groups are.
-        batch_size: rows a device call; the last batch is filled up with rows of weight 0. At most 2**20.
+        batch_size: rows a device call, at most 2**20; None = as many as hold about 2**21 numbers.
         across_processes: the rows here are this process's share, and sums are added over all processes
             (`jax.distributed`); False = they are all there is. For streaming metrics.
 
@@ -75,12 +77,12 @@ def evaluate(
     return result
 
 
-def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int = 2**16) -> dict:
+def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int | None = None) -> dict:
     """The metrics' sums over all rows, float64 numpy, for those who merge or read them: name -> sums. As `evaluate`."""
     return _pass(pred, targets, metrics, weights, batch_size)[0]
 
 
-def read_columns(pred: Predictive, targets, read, *, weights=None, batch_size: int = 2**16) -> tuple[np.ndarray, ...]:
+def read_columns(pred: Predictive, targets, read, *, weights=None, batch_size: int | None = None) -> tuple[np.ndarray, ...]:
     """The columns of all rows that `read(pred, targets)` gives, such as confidence and correctness of `top_label().read`.
 
     Numpy arrays (rows, ...), read batch by batch; checks, and raises, as `evaluate`.
@@ -90,7 +92,7 @@ def read_columns(pred: Predictive, targets, read, *, weights=None, batch_size: i
 
 
 def row_influences(
-    metric: Metric | WholeMetric, pred: Predictive, targets, *, weights=None, batch_size: int = 2**16
+    metric: Metric | WholeMetric, pred: Predictive, targets, *, weights=None, batch_size: int | None = None
 ) -> np.ndarray:
     """Derivative of the metric in each row's weight, float64 (rows,), in the metric's unit.
 
@@ -154,8 +156,9 @@ def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
     return Estimate(mean, mean - half, mean + half, n, f"{convention}; {note}" if convention else note)
 
 
-def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tuple[int, Predictive, Any, Array]]:
-    """(first row, predictive, targets, weights) of equal size; the last is filled up with rows of weight 0.
+def batches(pred: Predictive, targets, weights, batch_size: int | None) -> Iterator[tuple[slice, Predictive, Any, Array]]:
+    """(rows, predictive, targets, weights) of equal size: `rows` are the last of the batch, which are new; those before
+    them, which only the last batch has, were in the one before and weigh 0.
 
     The predictive's values are not looked at: `check_predictive` does.
 
@@ -166,22 +169,29 @@ def batches(pred: Predictive, targets, weights, batch_size: int) -> Iterator[tup
     check_targets_and_weights(pred, targets, weights)
     if np.issubdtype(targets.dtype, np.unsignedinteger):  # arithmetic on bytes wraps round
         targets = targets.astype(np.int32)
+    rows, size = len(targets), _rows_at_once(pred, batch_size)
+    size = min(size, rows)
+    pred, weights, ones = jax.tree.map(_on_host, pred), _float32(weights), jnp.ones(size, jnp.float32)
+    for start in range(0, rows, size):
+        first = min(start, rows - size)  # the last batch reaches back: a slice is a view, and filling up would copy
+        index = slice(first, first + size)
+        mask = ones if weights is None else weights[index]
+        if first < start:
+            mask = np.where(np.arange(first, first + size) < start, 0, mask).astype(np.float32)
+        batch = jax.device_put(pred if size == rows else take(pred, index))  # once, for all that read it
+        yield slice(start, first + size), batch, targets[index], mask
+
+
+def _rows_at_once(pred: Predictive, batch_size: int | None) -> int:
+    if batch_size is None:  # calls cost something, and so does memory
+        numbers = max(1, sum(x.size for x in jax.tree.leaves(pred)) // max(1, pred.batch_shape[0]))
+        return 2 ** min(20, max(0, (BATCH_NUMBERS // numbers).bit_length() - 1))
     if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
         raise ValueError(
             f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
-            "Leave it out for 2**16."
+            "Leave it out for a size that suits the predictive."
         )
-    rows = len(targets)
-    size = min(batch_size, rows)
-    pred, weights, ones = jax.tree.map(_on_host, pred), _float32(weights), jnp.ones(size, jnp.float32)
-    for first in range(0, rows, size):
-        last = first + size
-        index = slice(first, last) if last <= rows else np.arange(first, last) % rows
-        mask = ones if weights is None else weights[index]
-        if last > rows:
-            mask = np.where(np.arange(first, last) < rows, mask, 0).astype(np.float32)
-        batch = jax.device_put(pred if size == rows else take(pred, index))  # once, for all that read it
-        yield first, batch, targets[index], mask
+    return batch_size
 
 
 def _pass(pred, targets, metrics, weights, batch_size):
@@ -192,14 +202,14 @@ def _pass(pred, targets, metrics, weights, batch_size):
     streaming = {name: m.measure for name, m in metrics.items() if not isinstance(m, WholeMetric)}
     parts = tuple(dict.fromkeys(streaming.values()))
     reads = tuple(dict.fromkeys(m.read for m in metrics.values() if isinstance(m, WholeMetric)))
-    rows, totals, pieces = len(np.asarray(targets)), None, []
-    for first, batch, labels, mask in batches(pred, targets, weights, batch_size):
+    totals, pieces = None, []
+    for new, batch, labels, mask in batches(pred, targets, weights, batch_size):
         good, sums, columns = _measure(parts, reads, batch, labels, mask)
         if batch.member_weights is not None or not good:
-            check_predictive(batch, first)
+            check_predictive(batch, new.stop - len(labels))
         sums = jax.tree.map(partial(np.asarray, dtype=np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-        pieces.append(jax.tree.map(lambda x, left=rows - first: np.asarray(x)[:left], columns))
+        pieces.append(jax.tree.map(lambda x, new=new: np.asarray(x)[new.start - new.stop :], columns))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
     found = dict(zip(parts, totals or (), strict=True))
     return {name: found[part] for name, part in streaming.items()}, dict(zip(reads, joined, strict=True))
@@ -230,11 +240,10 @@ def _influences(metric, pred, targets, weights, batch_size, sums, columns):
         given = _ones_or_float32(weights, len(targets))
         return np.asarray(_whole_gradient(metric.compute, columns[metric.read], given), np.float64)
     slope = jax.grad(metric.compute)(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums))
-    parts = [
-        np.asarray(_row_slopes(metric.measure, batch, labels, mask, slope), np.float64)
-        for _, batch, labels, mask in batches(pred, targets, weights, batch_size)
-    ]
-    return np.concatenate(parts)[: len(targets)]
+    found = np.empty(len(targets))
+    for new, batch, labels, mask in batches(pred, targets, weights, batch_size):
+        found[new] = _row_slopes(metric.measure, batch, labels, mask, slope)[new.start - new.stop :]
+    return found
 
 
 @partial(jax.jit, static_argnums=0)

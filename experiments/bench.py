@@ -12,6 +12,8 @@ import numpy as np
 from bayescal.config import versions
 from bayescal.report import Section, Table, save_json, write_report
 
+SETTLE = 0.05  # seconds: the worker threads of the form before (OpenMP's) spin on for a while, and the clock counts them
+
 
 def interleaved(
     forms: Mapping[str, Callable], rounds: int, clock: Callable[[], float] = time.process_time
@@ -32,6 +34,7 @@ def interleaved(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(SETTLE)
             start = clock()
             jax.block_until_ready(forms[name]())
             seconds[name].append(clock() - start)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 import bayescal as bc
+from bayescal.evaluate import row_influences
 
 pytestmark = pytest.mark.core
 NLL = {"nll": bc.nll()}
@@ -106,3 +107,16 @@ def test_mean_over_runs_by_hand():
 def test_json_form():
     assert bc.Estimate(1.0, n=3).json() == {"value": 1.0, "n": 3}
     assert set(bc.Estimate(1.0, 0.5, 1.5, 3, "x").json()) == {"value", "low", "high", "n", "convention"}
+
+
+def test_no_row_counts_twice_where_the_last_batch_reaches_back(rng):
+    """Sums, columns and influences, for batches that do not divide the rows, and for the size that is chosen."""
+    logits, targets = rng.normal(size=(2, 103, 4)).astype(np.float32), rng.integers(0, 4, 103)
+    pred, weights = bc.Categorical(logits), rng.integers(0, 3, 103).astype(np.float32)
+    metrics = {"nll": bc.nll(), "ece": bc.calibration_error(), "auroc": bc.whole(bc.auroc)}
+    for given in (None, weights):
+        whole, odd = (bc.evaluate(pred, targets, metrics, weights=given, batch_size=size) for size in (None, 40))
+        moved = [row_influences(bc.nll(), pred, targets, weights=given, batch_size=size) for size in (103, 40)]
+        np.testing.assert_allclose(*moved, rtol=1e-4, atol=1e-7)
+        for name in metrics:
+            np.testing.assert_allclose(odd[name][:3], whole[name][:3], rtol=1e-5)

@@ -178,14 +178,15 @@ def test_a_replicate_is_the_metric_of_repeated_rows(rng, key):
 
 
 def test_blocks_of_rows_and_of_groups(rng, key, monkeypatch):
-    """More rows, and more groups, than one device call takes; the last block is filled up with nothing."""
+    """More rows, and more groups, than one device call takes; the last block of rows reaches back, and its last are new."""
     monkeypatch.setattr(sys.modules["bayescal.compare"], "BLOCK_ROWS", 128)  # bayescal.compare is the function
     pred, targets = predictions(rng)
     score = -np.asarray(pred.log_prob(targets), np.float64)
     for groups in (None, np.arange(ROWS)[::-1]):
         sizes = (128, 128, 128 if groups is None else ROWS - 256)
         drawn = [_poisson(key, np.uint32(128 * i), (NUMBER, size)) for i, size in enumerate(sizes)]
-        drawn = np.concatenate(drawn, 1)[:, :ROWS].astype(np.float64)
+        drawn[-1] = drawn[-1][:, -(ROWS - 256) :]
+        drawn = np.concatenate(drawn, 1).astype(np.float64)
         drawn = drawn if groups is None else drawn[:, groups]
         ours = _replicates(pred, targets, {"nll": bc.nll()}, key, NUMBER, None, groups, 2**16)["nll"]
         np.testing.assert_allclose(ours, drawn @ score / drawn.sum(1), rtol=1e-5)

@@ -1,9 +1,6 @@
 """Scores and calibration of forecasts of numbers: mixtures of normals, and samples."""
 
-import json
 import math
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,116 +9,41 @@ import oracles_scores as oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_regression import (
+    DIM,
+    EMPTY,
+    EQUAL,
+    FEW,
+    MEMBERS,
+    METRICS,
+    PAIRS,
+    ROWS,
+    SUMS,
+    normals,
+    of_mixtures,
+    of_samples,
+    of_variances,
+    values,
+)
 
 import bayescal as bc
-from bayescal.evaluate import measure, read_columns
-from bayescal.metrics.crps import crps, crps_ensemble, crps_gaussian, energy_score, mixture_crps, variogram_score
-from bayescal.metrics.members import member_metric
+from bayescal.evaluate import read_columns
+from bayescal.metrics.crps import crps_ensemble, crps_gaussian, energy_score, mixture_crps
 from bayescal.metrics.pit import (
     LevelSums,
-    calibration_curve,
     ensemble_pit,
-    miscalibration_area,
-    pit,
     pit_diagram,
-    pit_histogram,
     quantile_calibration_error,
 )
 from bayescal.metrics.regression import (
-    central_interval,
-    coverage,
     interval_score,
-    interval_width,
     mixture_cdf,
     mixture_quantile,
     pinball,
-    quantile_score,
-    root_mean_squared_error,
-    sharpness,
-    squared_error,
-    winkler_score,
 )
-from bayescal.metrics.variances import ence, expected_normalised_calibration_error, uce, uncertainty_calibration_error
+from bayescal.metrics.variances import expected_normalised_calibration_error, uncertainty_calibration_error
 
 pytestmark = pytest.mark.core
-
-REFERENCE = Path(os.environ.get("BAYESCAL_DATA", "../shared/data")).parent / "reference"
-MEMBERS, ROWS, DIM = 3, 200, 2  # of every array here, so that few programs are compiled
-EQUAL = np.ones(MEMBERS, np.float32)
-UT_LEVELS = tuple(np.linspace(0, 1, 100))
-FEW = (0.05, 0.3, 0.5, 0.95)
-
-METRICS = {
-    "crps": crps(),
-    "crps sum": crps(over_dim="sum"),
-    "nll": bc.nll(),
-    "mse": squared_error(),
-    "mse sum": squared_error(over_dim="sum"),
-    "rmse": root_mean_squared_error(),
-    "sharpness": sharpness(),
-    "coverage": coverage(level=0.9),
-    "width": interval_width(level=0.9),
-    "winkler": winkler_score(level=0.9),
-    "quantile": quantile_score(quantile=0.05),
-    "qce": quantile_calibration_error(levels=FEW),
-    "qce interval": quantile_calibration_error(levels=FEW, kind="interval", norm=2),
-    "qce max": quantile_calibration_error(levels=FEW, norm=math.inf),
-    "area": miscalibration_area(levels=FEW),
-    "mace": quantile_calibration_error(levels=UT_LEVELS, kind="interval"),
-    "rmsce": quantile_calibration_error(levels=UT_LEVELS, kind="interval", norm=2),
-    "ut area": miscalibration_area(levels=UT_LEVELS, kind="interval"),
-    "ut quantile": quantile_calibration_error(levels=UT_LEVELS),
-    "ut quantile rms": quantile_calibration_error(levels=UT_LEVELS, norm=2),
-    "ut quantile area": miscalibration_area(levels=UT_LEVELS),
-    "at 0.9": quantile_calibration_error(levels=(0.9,), kind="interval"),
-    "kuleshov": quantile_calibration_error(levels=tuple(np.arange(1, 11) / 10), norm=2),
-    "mean mse": member_metric(squared_error()),
-}
-SUMS = METRICS | {"pit": pit_histogram(num_bins=5), "curve": calibration_curve(levels=FEW)}
-
-
-PAIRS = np.array([[0, 1, 2], [1, 0, 0.5], [0, 3, 0]], np.float32)
-EMPTY = np.zeros((ROWS, 16, 3), np.float32), np.zeros((ROWS, 3), np.float32)
-
-
-@jax.jit
-def of_variances(variance, squared_error, weights):
-    both = {"uce": uce, "ence": ence}
-    return {
-        f"{name} {binning}": f(variance, squared_error, weights=weights, num_bins=10, binning=binning)
-        for name, f in both.items()
-        for binning in ("mass", "width")
-    }
-
-
-@jax.jit
-def of_samples(samples, y, many, seen):
-    return {
-        "fair": crps_ensemble(samples, y),
-        "v": crps_ensemble(samples, y, estimator="v"),
-        "energy fair": energy_score(many, seen),
-        "energy v": energy_score(many, seen, estimator="v"),
-        "variogram": variogram_score(many, seen),
-        "variogram 1": variogram_score(many, seen, p=1.0, pair_weights=PAIRS),
-    }
-
-
-@jax.jit
-def of_mixtures(pred, y):
-    return {"crps": mixture_crps(pred, y), "pit": pit(pred, y), "ends": central_interval(pred, level=0.98)}
-
-
-def values(pred, targets, weights=None, batch_size=2**16):
-    sums = measure(pred, targets, SUMS, weights=weights, batch_size=batch_size)
-    return {name: m.compute(sums[name]) for name, m in METRICS.items()}, sums
-
-
-def normals(rng, member_weights=EQUAL, shape=(MEMBERS, ROWS, DIM)):
-    """Forecasts whose intervals are too short and whose means are too low."""
-    mean = rng.normal(size=shape).astype(np.float32)
-    variance, known = (np.exp(0.8 * rng.normal(size=shape)).astype(np.float32) for _ in range(2))
-    y = (mean[0] + 0.3 + 1.6 * np.sqrt(variance[0]) * rng.normal(size=shape[1:])).astype(np.float32)
-    return bc.Gaussian(mean, variance, 0.3 * known, member_weights), y
 
 
 @pytest.mark.parametrize("weights", [EQUAL, np.float32([2, 0, 1])])
@@ -451,173 +373,3 @@ def test_units(rng):
     }
     for name, power in powers.items():
         np.testing.assert_allclose(scaled[name], 4**power * plain[name], rtol=1e-5, err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def stored():
-    path = REFERENCE / "metrics_oracles.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there; set BAYESCAL_DATA to the folder of the shared data")
-    groups = json.loads(path.read_text())["oracles"]
-    oracle = {k: v["value"] for g in ("regression_scores", "regression_calibration") for k, v in groups[g].items()}
-    inputs = np.load(REFERENCE / "metrics_oracle_inputs.npz")
-    inputs = {k: x.astype(np.float32) for k, x in inputs.items() if x.dtype.kind == "f"}
-    return oracle, inputs
-
-
-def doubled(x):
-    """One member, and the same dimension twice, so that the shapes here are the ones above but for the members."""
-    return np.stack([x, x], -1)
-
-
-def test_stored_scores(stored):
-    oracle, x = stored
-    pred = bc.Gaussian(doubled(x["mu"])[None], doubled(x["sg"])[None] ** 2)
-    ours, _ = values(pred, doubled(x["yr"]))
-    samples = of_samples(x["ens"], x["yr"], x["Emv"], x["Ymv"])
-    ours |= {name: float(each.mean()) for name, each in samples.items()}
-    ours |= {"nll of one": ours["nll"] / 2}
-    endorsed = {
-        "crps": ["scoringrules_crps_normal", "properscoring_crps_gaussian", "uncertainty-toolbox_crps_gaussian"],
-        "fair": ["scoringrules_crps_ensemble_fair", "scoringrules_crps_ensemble_pwm"],
-        "v": [
-            *(f"scoringrules_crps_ensemble_{k}" for k in ("nrg", "qd", "int")),
-            "properscoring_crps_ensemble",
-            "torchmetrics_crps_ensemble",
-        ],
-        "energy fair": ["scoringrules_energy_score_fair"],
-        "energy v": ["scoringrules_energy_score_nrg"],
-        "variogram": ["scoringrules_variogram_p0.5"],
-        "nll of one": ["scoringrules_logs_normal", "uncertainty-toolbox_nll_gaussian"],
-        "winkler": ["scoringrules_interval_score_alpha0.1", "mapie_mwi_score_alpha0.1"],
-        "coverage": ["mapie_coverage_90", "netcal_PICP_q0.9"],
-        "quantile": ["scoringrules_quantile_score_0.05", "sklearn_pinball_0.05"],
-    }
-    for name, keys in endorsed.items():
-        for key in keys:
-            np.testing.assert_allclose(ours[name], oracle[key], rtol=2e-6, err_msg=key)
-    np.testing.assert_allclose([ours["v"], ours["fair"]], oracle["ref_crps_ensemble_[V,fair]"], rtol=2e-6)
-    # scoringrules' akr and akr_circperm are other quantities: pitfall 35
-    assert min(abs(ours["fair"] - oracle[f"scoringrules_crps_ensemble_{k}"]) for k in ("akr", "akr_circperm")) > 0.005
-    from scipy.special import ndtri
-
-    levels = np.linspace(0.01, 0.99, 99)
-    at = lambda q: (x["mu"] + x["sg"] * ndtri(q)).astype(np.float32)
-    check = [pinball(at(q), x["yr"], quantile=float(q)).mean() for q in levels]
-    np.testing.assert_allclose(np.mean(check), oracle["uct_check_score_99"], rtol=2e-6)
-    width = [interval_score(at((1 - p) / 2), at((1 + p) / 2), x["yr"], level=float(p)).mean() for p in levels]
-    np.testing.assert_allclose(np.mean(width), oracle["uct_interval_score_99levels"], rtol=2e-6)
-
-
-def test_stored_calibration(stored):
-    from scipy.stats import cramervonmises, kstest
-
-    oracle, x = stored
-    pred = bc.Gaussian(doubled(x["mu"])[None], doubled(x["sg"])[None] ** 2)
-    ours, _ = values(pred, doubled(x["yr"]))
-    mirrored, _ = values(pred, doubled(2 * x["mu"] - x["yr"]))  # what uncertainty-toolbox calls quantile: pitfall 35
-    variances = of_variances(x["sg"] ** 2, (x["mu"] - x["yr"]) ** 2, np.ones(ROWS, np.float32))
-    pairs = {
-        "uct_mace_interval_100": ours["mace"],
-        "uct_rmsce_interval_100": ours["rmsce"],
-        "uct_miscal_area_interval_100": ours["ut area"],
-        "uct_mace_quantile_100": mirrored["ut quantile"],
-        "uct_rmsce_quantile_100": mirrored["ut quantile rms"],
-        "uct_miscal_area_quantile_100": mirrored["ut quantile area"],
-        "uct_sharpness": ours["sharpness"],
-        "netcal_ENCE_10(equal-width std)": variances["ence width"],
-        "netcal_UCE_10(equal-width var)": variances["uce width"],
-        "ref_ENCE_10_equal_mass": variances["ence mass"],
-        "netcal_QCE_bins10_q0.9": ours["at 0.9"],
-    }
-    for key, value in pairs.items():
-        np.testing.assert_allclose(value, oracle[key], rtol=2e-6, err_msg=key)
-    u, expected = np.asarray(jax.jit(pit)(pred, doubled(x["yr"])), np.float64)[:, 0], oracle["ref_PIT"]
-    tests = {"ks": kstest(u, "uniform").statistic, "cvm": cramervonmises(u, "uniform").statistic}
-    tests |= {"mean": u.mean(), "var": u.var(), "kuleshov_sum_sq_10": 10 * ours["kuleshov"] ** 2}
-    for key, value in tests.items():
-        np.testing.assert_allclose(value, expected[key], rtol=1e-5, err_msg=key)
-
-
-ONE = bc.Gaussian(np.zeros((1, 4, 2), np.float32), np.ones((1, 4, 2), np.float32))
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: crps(over_dim="max"), ValueError, "`over_dim` must be 'mean' or 'sum', got 'max'"),
-        (lambda: squared_error(over_dim="max"), ValueError, "`over_dim` must be 'mean' or 'sum', got 'max'"),
-        (lambda: coverage(level=90), ValueError, r"`level` must lie in \(0, 1\), got 90. It is a share"),
-        (lambda: winkler_score(level=1.0), ValueError, r"`level` must lie in \(0, 1\), got 1.0"),
-        (lambda: interval_width(level=0.0), ValueError, r"`level` must lie in \(0, 1\), got 0.0"),
-        (lambda: quantile_score(quantile=5), ValueError, r"`quantile` must lie in \(0, 1\), got 5"),
-        (
-            lambda: pinball(np.ones(2), np.ones(2), quantile=-0.1),
-            ValueError,
-            r"`quantile` must lie in \(0, 1\), got -0.1",
-        ),
-        (lambda: interval_score(np.ones(2), np.ones(2), np.ones(2), level=2), ValueError, "`level` must lie in"),
-        (lambda: mixture_quantile(ONE, quantile=0), ValueError, "`quantile` must lie in"),
-        (lambda: central_interval(ONE, level=95), ValueError, "`level` must lie in"),
-        (
-            lambda: crps_ensemble(np.ones((2, 3)), np.ones(2), estimator="u"),
-            ValueError,
-            "`estimator` must be 'fair' or 'v', got 'u'",
-        ),
-        (
-            lambda: crps_ensemble(np.ones((2, 1)), np.ones(2)),
-            ValueError,
-            "`samples` must have at least 2 members .* got 1",
-        ),
-        (
-            lambda: energy_score(np.ones((2, 0, 3)), np.ones((2, 3)), estimator="v"),
-            ValueError,
-            "`samples` must have at least 1 members .* got 0",
-        ),
-        (
-            lambda: variogram_score(np.ones((2, 2, 3)), np.ones((2, 3)), p=0.0),
-            ValueError,
-            "`p` must be positive, got 0.0",
-        ),
-        (
-            lambda: quantile_calibration_error(levels=()),
-            ValueError,
-            r"`levels` must be one or more numbers in \[0, 1\]",
-        ),
-        (lambda: miscalibration_area(levels=(5, 95)), ValueError, r"`levels` must be .* got \(5.0, 95.0\)"),
-        (lambda: quantile_calibration_error(norm=0.5), ValueError, "`norm` must be at least 1"),
-        (lambda: calibration_curve(kind="tail"), ValueError, "`kind` must be 'quantile' or 'interval', got 'tail'"),
-        (lambda: pit_histogram(num_bins=0), ValueError, "`num_bins` must be a whole number of at least 1, got 0"),
-        (
-            lambda: uce(np.ones(3), np.ones(3), num_bins=0),
-            ValueError,
-            "`num_bins` must be a whole number of at least 1",
-        ),
-        (
-            lambda: ence(np.ones(3), np.ones(3), binning="rank"),
-            ValueError,
-            "`binning` must be 'mass' or 'width', got 'rank'",
-        ),
-        (lambda: uce(np.ones(3), np.ones(4)), ValueError, "`variance`, `squared_error` and `weights` must be one axis"),
-        (lambda: ence(np.ones(0), np.ones(0)), ValueError, "must be one axis of the same length with at least one row"),
-        (
-            lambda: uncertainty_calibration_error(dim=2).read(ONE, np.zeros((4, 2))),
-            ValueError,
-            r"`dim` must lie in \[0, 2\), got 2",
-        ),
-        (
-            lambda: crps().measure(bc.Categorical(np.zeros((1, 4, 2))), np.zeros((4, 2)), jnp.ones(4)),
-            TypeError,
-            "`pred` must be a Gaussian, got Categorical",
-        ),
-        (
-            lambda: squared_error().measure(bc.Categorical(np.zeros((1, 4, 2))), np.zeros((4, 2)), jnp.ones(4)),
-            TypeError,
-            "`pred` must be a Gaussian, got Categorical",
-        ),
-        (lambda: pit(ONE, np.zeros((4, 1), np.float32)), ValueError, r"`targets` must have shape \(4, 2\)"),
-    ],
-)
-def test_bad_input(unchecked, call, error, message):
-    with pytest.raises(error, match=message):
-        call()
