@@ -77,12 +77,16 @@ def evaluate(
     return result
 
 
-def measure(pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int | None = None) -> dict:
+def measure(
+    pred: Predictive, targets, metrics: Mapping[str, Metric], *, weights=None, batch_size: int | None = None
+) -> dict:
     """The metrics' sums over all rows, float64 numpy, for those who merge or read them: name -> sums. As `evaluate`."""
     return _pass(pred, targets, metrics, weights, batch_size)[0]
 
 
-def read_columns(pred: Predictive, targets, read, *, weights=None, batch_size: int | None = None) -> tuple[np.ndarray, ...]:
+def read_columns(
+    pred: Predictive, targets, read, *, weights=None, batch_size: int | None = None
+) -> tuple[np.ndarray, ...]:
     """The columns of all rows that `read(pred, targets)` gives, such as confidence and correctness of `top_label().read`.
 
     Numpy arrays (rows, ...), read batch by batch; checks, and raises, as `evaluate`.
@@ -156,7 +160,9 @@ def mean_over_runs(values: Sequence[float], convention: str = "") -> Estimate:
     return Estimate(mean, mean - half, mean + half, n, f"{convention}; {note}" if convention else note)
 
 
-def batches(pred: Predictive, targets, weights, batch_size: int | None) -> Iterator[tuple[slice, Predictive, Any, Array]]:
+def batches(
+    pred: Predictive, targets, weights, batch_size: int | None
+) -> Iterator[tuple[slice, Predictive, Any, Array]]:
     """(rows, predictive, targets, weights) of equal size: `rows` are the last of the batch, which are new; those before
     them, which only the last batch has, were in the one before and weigh 0.
 

@@ -12,7 +12,7 @@ import numpy as np
 from bayescal.config import versions
 from bayescal.report import Section, Table, save_json, write_report
 
-SETTLE = 0.05  # seconds: the worker threads of the form before (OpenMP's) spin on for a while, and the clock counts them
+SETTLE = 0.05  # seconds: threads of the form before (OpenMP's) spin on, and the clock counts them
 
 
 def interleaved(
