@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import optax
 import yaml
-from compare_methods_report import print_table, write
+from compare_methods_report import SHIFTS, print_table, write
 
 import bayescal as bc
 from bayescal.checkpoint import events
@@ -126,10 +126,10 @@ def load_sets(seed: int, max_rows: int | None = None) -> Sets:
     cut = lambda d: bc.Dataset(d.inputs[:max_rows], d.targets[:max_rows])
     train, validation, test, unseen = (cut(part) for part in split)
     asked: dict[Any, tuple] = {"validation": validation[:2], "test": test[:2]}
-    for name in bc.data.CORRUPTIONS:
+    for name in SHIFTS:
         for severity in SEVERITIES:
-            shifted = bc.data.corrupt(name, test.inputs[..., 0], severity, seed)[..., None]
-            asked[name, severity] = (shifted, test.targets)
+            shifted = bc.data.corrupt(name, test.inputs, severity, jax.random.key(seed), severities=bc.data.DIGITS)
+            asked[name, severity] = (np.asarray(shifted), test.targets)
     return Sets(train, validation, {**asked, "ood": unseen[:2]})
 
 
@@ -183,9 +183,9 @@ def resumptions(checkpoints: Path, seed: int, name: str) -> list[str]:
 def measure(pooled, parts, targets) -> dict[str, Any]:
     """The method's part of metrics.json for one seed, without the seconds."""
     score = lambda name: bc.evaluate(pooled[name], targets[name], METRICS)
-    shift = {kind: {str(s): score((kind, s)) for s in SEVERITIES} for kind in bc.data.CORRUPTIONS}
+    shift = {kind: {str(s): score((kind, s)) for s in SEVERITIES} for kind in SHIFTS}
     decomposition = {}
-    for name in ("test", "ood", *((kind, 5) for kind in bc.data.CORRUPTIONS)):
+    for name in ("test", "ood", *((kind, 5) for kind in SHIFTS)):
         label = name if isinstance(name, str) else f"{name[0]}_{name[1]}"
         decomposition[label] = {p: mean_of_rows(getattr(parts[name], p)) for p in ("total", "aleatoric", "epistemic")}
     return {
@@ -229,7 +229,7 @@ def compare(outcomes: dict[str, Outcome], sets: Sets) -> dict[str, Any]:
     if scaler is None:
         return result
     against = {}
-    for kind in bc.data.CORRUPTIONS:
+    for kind in SHIFTS:
         targets = sets.asked[kind, 5][1]
         log_prob = lambda pred, y=targets: np.asarray(pred.log_prob(y))
         paired = log_prob(scaler(one.pooled[kind, 5])) - log_prob(many.pooled[kind, 5])

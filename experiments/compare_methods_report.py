@@ -15,6 +15,7 @@ from bayescal.report import Picture, Section, Table, figure_png, short, write_re
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+SHIFTS = ("noise", "rotation", "contrast")  # of `bc.data.DIGITS`
 COLUMNS = {
     "accuracy": ("test", "accuracy"),
     "NLL (nats)": ("test", "nll"),
@@ -147,7 +148,7 @@ def figure_reliability(sets, outcomes):
     figure, axes = plt.subplots(2, len(outcomes), figsize=(2.3 * len(outcomes), 5), squeeze=False, layout="constrained")
     metric = {"h": bc.confidence_histogram(num_bins=15)}
     for i, (name, outcome) in enumerate(outcomes.items()):
-        groups = {"test": ["test"], "shift, severity 5": [(kind, 5) for kind in bc.data.CORRUPTIONS]}
+        groups = {"test": ["test"], "shift, severity 5": [(kind, 5) for kind in SHIFTS]}
         for row, (label, members) in enumerate(groups.items()):
             sums = [measure(outcome.pooled[s], sets.asked[s][1], metric)["h"] for s in members]
             total = type(sums[0])(*(sum(x) for x in zip(*sums, strict=True)))
@@ -158,10 +159,9 @@ def figure_reliability(sets, outcomes):
 
 
 def figure_shift(result):
-    kinds = list(bc.data.CORRUPTIONS)
-    figure, axes = plt.subplots(3, len(kinds), figsize=(11, 7.5), sharex=True, sharey="row", layout="constrained")
+    figure, axes = plt.subplots(3, len(SHIFTS), figsize=(11, 7.5), sharex=True, sharey="row", layout="constrained")
     for row, metric in enumerate(("accuracy", "nll", "ece")):
-        for column, kind in enumerate(kinds):
+        for column, kind in enumerate(SHIFTS):
             lines = {}
             for name, figures in result["methods"].items():
                 shifted = figures["shift"][kind]
@@ -181,7 +181,7 @@ def figure_uncertainty(outcomes):
         1, len(outcomes), figsize=(2.5 * len(outcomes), 3.4), squeeze=False, sharey=True, layout="constrained"
     )
     for one, (name, outcome) in zip(axes[0], outcomes.items(), strict=True):
-        shift = [outcome.parts[kind, 5] for kind in bc.data.CORRUPTIONS]
+        shift = [outcome.parts[kind, 5] for kind in SHIFTS]
         parts = {
             "test": outcome.parts["test"],
             "shift 5": bc.Uncertainty(*(np.concatenate(x) for x in zip(*shift, strict=True))),
@@ -199,7 +199,7 @@ def figure_rejection(sets, outcomes):
     correct = lambda pred, targets: pred.logits[0].argmax(-1) == targets
     shifted, mixed = {}, {}
     for name, outcome in outcomes.items():
-        names = [(kind, s) for kind in bc.data.CORRUPTIONS for s in range(1, 6)]
+        names = [(kind, s) for kind in SHIFTS for s in range(1, 6)]
         right = np.concatenate([correct(outcome.pooled[s], sets.asked[s][1]) for s in names])
         shifted[name] = accuracy_rejection(np.concatenate([outcome.parts[s].total for s in names]), right)
         right = np.r_[correct(outcome.pooled["test"], sets.asked["test"][1]), np.zeros(len(sets.asked["ood"][1]), bool)]

@@ -1,9 +1,7 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 
-from bayescal.data import CORRUPTIONS, corrupt, digits
+from bayescal.data import digits
 
 pytestmark = pytest.mark.core
 
@@ -27,34 +25,3 @@ def test_digits_with_other_classes():
     assert set(split.train.targets) == {0, 1} and set(split.unseen.targets) == {1}
     with pytest.raises(ValueError, match="`known` and `unseen` must be disjoint digits"):
         digits(0, known=(1, 2), unseen=(2,))
-
-
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corruptions_grow_with_severity(name):
-    images = digits(0).test.inputs[..., 0]
-    distance = []
-    for severity in range(1, 6):
-        shifted = corrupt(name, images, severity, seed=0)
-        assert shifted.shape == images.shape and shifted.dtype == np.float32
-        assert shifted.min() >= -1e-6 and shifted.max() <= 1 + 1e-6
-        np.testing.assert_array_equal(shifted, corrupt(name, images, severity, seed=0))
-        distance.append(np.abs(shifted - images).mean())
-    assert all(a < b for a, b in pairwise(distance))
-
-
-def test_corruptions_by_hand():
-    image = np.array([[[0.0, 1.0], [0.0, 1.0]]])
-    np.testing.assert_allclose(corrupt("contrast", image, 5, 0), [[[0.425, 0.575], [0.425, 0.575]]], rtol=1e-6)
-    column = np.zeros((1, 9, 9))
-    column[0, 4, 4:] = 1  # an arm to the right
-    turned = corrupt("rotation", np.repeat(column, 1, 0), 5, 0)[0]
-    assert turned[:4].sum() > 5 * turned[5:].sum(), "counter-clockwise: the arm points up"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("fog", 1), "`name` must be one of"), (("noise", 6), "`severity` must be 1, 2, 3, 4 or 5, got 6")],
-)
-def test_bad_corruptions(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        corrupt(arguments[0], np.zeros((1, 8, 8)), arguments[1], 0)
