@@ -8,7 +8,7 @@ from bayescal.calibrate import MemberSelection, Temperature, fit_member_selectio
 from bayescal.checkpoint import Checkpoint, load, save
 from bayescal.compare import Comparison, bootstrap_intervals, compare
 from bayescal.data.predictions import read_predictions
-from bayescal.decompose import Uncertainty, decompose
+from bayescal.decompose import Uncertainty, decompose, decompose_draws
 from bayescal.evaluate import evaluate, mean_over_runs
 from bayescal.methods import (
     Subsample,
@@ -45,6 +45,7 @@ from bayescal.models import from_linen, from_nnx
 from bayescal.predictive import (
     Bernoulli,
     Categorical,
+    Dirichlet,
     Gaussian,
     Probabilities,
     concatenate,
@@ -84,6 +85,7 @@ __all__ = [  # in the order of the data flow
     "Checkpoint",
     "Comparison",
     "Dataset",
+    "Dirichlet",
     "EnsembleState",
     "Estimate",
     "Fit",
@@ -119,6 +121,7 @@ __all__ = [  # in the order of the data flow
     "crps",
     "data",
     "decompose",
+    "decompose_draws",
     "ensemble",
     "evaluate",
     "evaluate_file",

@@ -6,14 +6,16 @@ Pooling happens in one function, `log_pool`, in log space; axes join in one func
 from bayescal.predictive.axes import Predictive, concatenate, merge_members, stack_experiments, swap_batch_axes, take
 from bayescal.predictive.categorical import Bernoulli, Categorical, pool
 from bayescal.predictive.checks import all_good, check_predictive, check_rows, check_targets_and_weights
+from bayescal.predictive.dirichlet import Dirichlet
 from bayescal.predictive.gaussian import Gaussian, rescale, variance_of_means
 from bayescal.predictive.likelihoods import heteroscedastic, homoscedastic, one_logit
-from bayescal.predictive.mixture import float32_or_wider, log_pool, normalised_weights, weighted_sum
+from bayescal.predictive.mixture import float32_or_wider, log_pool, normalised_weights, refuse, weighted_sum
 from bayescal.predictive.probabilities import Probabilities
 
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "Dirichlet",
     "Gaussian",
     "Predictive",
     "Probabilities",
@@ -30,6 +32,7 @@ __all__ = [
     "normalised_weights",
     "one_logit",
     "pool",
+    "refuse",
     "rescale",
     "stack_experiments",
     "swap_batch_axes",

@@ -9,11 +9,12 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from bayescal.predictive.categorical import Bernoulli, Categorical
+from bayescal.predictive.dirichlet import Dirichlet
 from bayescal.predictive.gaussian import Gaussian
 from bayescal.predictive.probabilities import Probabilities
 from bayescal.types import Array
 
-Predictive = Categorical | Bernoulli | Gaussian | Probabilities
+Predictive = Categorical | Bernoulli | Gaussian | Probabilities | Dirichlet
 
 
 def merge_members(stacked: Predictive, weights: Float[Array, "outer"] | None = None) -> Predictive:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayescal.predictive.axes import Predictive
+from bayescal.predictive.dirichlet import Dirichlet
 from bayescal.predictive.gaussian import Gaussian
 from bayescal.predictive.mixture import float32_or_wider
 from bayescal.predictive.probabilities import Probabilities
@@ -76,6 +77,10 @@ def check_predictive(pred: Predictive, first: int = 0) -> None:
     place = f"in {int(wrong.sum())} of {wrong.size} examples, first at {first + int(wrong.ravel().argmax())}"
     if isinstance(pred, Gaussian):
         raise ValueError(f"`variance` must be positive, got zero or less {place}. Pass variances, not log-variances.")
+    if isinstance(pred, Dirichlet):
+        raise ValueError(
+            f"`concentration` must be positive, got zero or less {place}. Add one to evidence; take exp of logits."
+        )
     raise ValueError(
         f"`probs` must lie in [0, 1] and sum to one within {SUM_TOLERANCE:g} over the classes, got others {place}. "
         "If these are logits, say so: `Categorical(logits)`, or the name `logits` in a file. Nothing is guessed or "
@@ -94,6 +99,8 @@ def all_good(pred):
         return (probs.min() >= 0) & (total.min() >= 1 - SUM_TOLERANCE / 2) & (total.max() <= 1 + 1e-6)
     if isinstance(pred, Gaussian):
         return False
+    if isinstance(pred, Dirichlet):
+        return (pred.concentration.min() > 0) & (pred.concentration.max() < jnp.inf)
     return (pred.logits.min() > -jnp.inf) & (pred.logits.max() < jnp.inf)
 
 
@@ -107,6 +114,9 @@ def _bad_rows(pred):
             False if pred.mean_variance is None else (pred.mean_variance < 0).any(-1)
         )
         return (undefined & counted).any(0), (variance & counted).any(0)
+    if isinstance(pred, Dirichlet):
+        undefined = ~jnp.isfinite(pred.concentration).all(-1)
+        return (undefined & counted).any(0), ((pred.concentration <= 0).any(-1) & counted).any(0)
     if isinstance(pred, Probabilities):
         probs = jnp.asarray(pred.probs)
         total = float32_or_wider(probs).sum(-1)

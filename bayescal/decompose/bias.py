@@ -1,0 +1,78 @@
+"""What few members hide: mutual information corrected for their number, with an interval."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from bayescal.decompose.information import ClassPredictive, mutual_information
+from bayescal.decompose.rows import row_by_row
+from bayescal.decompose.uncertainty import check_raw
+
+
+class Corrected(NamedTuple):
+    """An estimate with the ends of its 95 % interval, each (*batch,)."""
+
+    value: Float[jax.Array, "*batch"]
+    low: Float[jax.Array, "*batch"]
+    high: Float[jax.Array, "*batch"]
+
+
+def corrected_mutual_information(pred: ClassPredictive) -> Corrected:
+    """S I - (S - 1) mean_s I_without_s: mutual information as of endlessly many members, nats, with a 95 % interval.
+
+    The plug-in I of S members drawn from the posterior is too low, by about a share 1 / S where they nearly agree, as a
+    variance that is divided by S. The jackknife takes the term in 1 / S away; what is left is of order 1 / S^2. The value
+    may fall slightly below zero where the truth is zero. The interval is the jackknife's, with Student's t of S - 1
+    degrees: for how often it covers see `docs/decomposition.md`. Higher = more unlike the training data.
+
+    Args:
+        pred: predictive of at least three members that weigh the same; members of weight 0 are left out.
+
+    Raises:
+        ValueError: for fewer members, unequal weights or a pooled predictive.
+    Source: Quenouille 1956, Tukey 1958 (jackknife, recalled).
+    """
+    check_raw(pred)
+    from scipy.stats import t  # slow to import
+
+    pred = _equal_members(pred)
+    return row_by_row(_jackknife, pred, float(t.ppf(0.975, pred.num_members - 1)))
+
+
+def _jackknife(pred, quantile):
+    members = pred.num_members
+    whole = mutual_information(pred)
+
+    def without(left_out):
+        kept = jnp.roll(jnp.arange(members), -left_out - 1)[: members - 1]
+        return mutual_information(jax.tree.map(lambda x: x[kept], pred))
+
+    parts = jax.lax.map(without, jnp.arange(members))
+    pseudo = whole + (members - 1) * (whole - parts)
+    value, error = pseudo.mean(0), pseudo.std(0, ddof=1) / members**0.5
+    return Corrected(value, value - quantile * error, value + quantile * error)
+
+
+def _equal_members(pred):
+    weights = pred.member_weights
+    if weights is not None:
+        given = np.asarray(weights)
+        flat = given.reshape(len(given), -1)
+        if np.ptp(flat, axis=1).any() or np.ptp(flat[flat[:, 0] > 0, 0]) > 0:
+            raise ValueError(
+                "`pred` must have members that weigh the same for all examples, got `member_weights` from "
+                f"{given.min():g} to {given.max():g}. A jackknife leaves one of equals out."
+            )
+        kept = np.flatnonzero(flat[:, 0])
+        changes: dict = {pred.per_member: getattr(pred, pred.per_member)[kept], "member_weights": None}
+        pred = dataclasses.replace(pred, **changes)
+    if pred.num_members < 3:
+        raise ValueError(
+            f"`pred` must have at least 3 members that count, got {pred.num_members}. Train more, or use "
+            "`mutual_information`."
+        )
+    return pred

@@ -1,0 +1,249 @@
+"""Draws folded in one at a time or a few: parts of predictives that merge exactly, in any order and grouping."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from bayescal.decompose.information import (
+    IMPOSSIBLE,
+    divergence_of,
+    member_mean,
+    only,
+    pool_ratios,
+    ratios_against,
+    standing_logits,
+)
+from bayescal.decompose.normal import matched_information
+from bayescal.decompose.rows import CACHE_NUMBERS, map_blocks
+from bayescal.decompose.uncertainty import Uncertainty, check_raw
+from bayescal.predictive import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Predictive,
+    Probabilities,
+    float32_or_wider,
+    refuse,
+    variance_of_means,
+    weighted_sum,
+)
+
+
+class LogPool(NamedTuple):
+    """A pool's log-probabilities in parts, so that pools which nearly agree differ by exactly what they differ.
+
+    log p = reference - peak - log_norm + log_ratio, nats; reference, log_ratio: (*batch, classes); peak, log_norm:
+    (*batch, 1).
+    """
+
+    reference: jax.Array
+    peak: jax.Array
+    log_norm: jax.Array
+    log_ratio: jax.Array
+
+    def log_probs(self) -> Float[jax.Array, "*batch classes"]:
+        """Log-probabilities, nats."""
+        return (self.reference - self.peak - self.log_norm) + self.log_ratio
+
+    def above(self, other: "LogPool") -> Float[jax.Array, "*batch classes"]:
+        """log p - log p_other, nats."""
+        return (self.reference - other.reference) - self.norms_above(other) + (self.log_ratio - other.log_ratio)
+
+    def norms_above(self, other: "LogPool") -> Float[jax.Array, "*batch one"]:
+        """By how much the norms differ, nats."""
+        return (self.peak - other.peak) + (self.log_norm - other.log_norm)
+
+
+class ClassDraws(NamedTuple):
+    """What draws of class probabilities leave: two numbers a class, and a few for each example.
+
+    weight: of all draws, in total or per example; pool: their mean distribution; entropy: mean of the draws' own;
+    information: mutual information; energy: mean free energy, NaN for probabilities; each (*batch,), nats.
+    """
+
+    weight: Float[jax.Array, "*#batch"]
+    pool: LogPool
+    entropy: Float[jax.Array, "*batch"]
+    information: Float[jax.Array, "*batch"]
+    energy: Float[jax.Array, "*batch"]
+
+
+class NormalDraws(NamedTuple):
+    """What draws of normal distributions leave, each (*batch, dim): the mean of means, and in squared unit their variance
+    `spread`, the mean noise, and the mean of what is known of the means' own variance."""
+
+    weight: Float[jax.Array, "*#batch"]
+    mean: Float[jax.Array, "*batch dim"]
+    spread: Float[jax.Array, "*batch dim"]
+    noise: Float[jax.Array, "*batch dim"]
+    known: Float[jax.Array, "*batch dim"]
+
+
+Draws = ClassDraws | NormalDraws
+
+
+def accumulate(pred: Predictive) -> Draws:
+    """The members of a predictive as draws that can be merged with others: `merge(accumulate(a), accumulate(b))`.
+
+    Args:
+        pred: raw logits, one logit, probabilities or normals. Weights count as they are: two blocks merge as if their
+            members stood in one predictive.
+
+    Raises:
+        ValueError: for a pooled or calibrated predictive.
+        TypeError: for Dirichlets.
+    """
+    check_raw(pred)
+    total = jnp.asarray(float(pred.num_members)) if pred.member_weights is None else pred.member_weights.sum(0)
+    total = total.reshape(total.shape or (1,) * len(pred.batch_shape))
+    if isinstance(pred, Gaussian):
+        weights = pred.weights()[..., None]
+        known = jnp.zeros_like(pred.mean) if pred.mean_variance is None else pred.mean_variance
+        mean = weighted_sum(float32_or_wider(pred.mean), weights)
+        return NormalDraws(
+            total, mean, variance_of_means(pred), weighted_sum(pred.variance, weights), weighted_sum(known, weights)
+        )
+    if isinstance(pred, Bernoulli | Probabilities):
+        no_energy = isinstance(pred, Probabilities)
+        pred = pred.as_categorical()
+    elif isinstance(pred, Categorical):
+        no_energy = False
+    else:
+        refuse(type(pred).__name__, "accumulate", "Dirichlets are taken apart in closed form by `decompose`.")
+    weights = None if pred.member_weights is None else pred.weights()[..., None]
+    found = standing_logits(float32_or_wider(pred.logits), weights)
+    ratios, most = ratios_against(found.against, found.probs, weights)
+    pooled = pool_ratios(ratios, weights)
+    information = divergence_of(ratios, pooled, weights)
+    mean = lambda x: member_mean(x, weights)[0, ..., 0]
+    energy = jnp.full_like(information, jnp.nan) if no_energy else mean(found.energy)
+    pool = LogPool(found.reference[0], found.peak[0], found.log_norm[0], (most + pooled.log_ratio)[0])
+    return ClassDraws(total, pool, mean(found.entropy), information, energy)
+
+
+def merge(a: Draws, b: Draws) -> Draws:
+    """All draws of `a` and `b`, for the same examples; the order and the grouping matter to rounding alone.
+
+    I = w_a I_a + w_b I_b + w_a KL(p_a || p) + w_b KL(p_b || p), every term >= 0, p the pool of both; variances by Chan's
+    formula. Draws of weight 0 count for nothing.
+
+    Args:
+        a, b: as `accumulate` or `merge` gives them.
+
+    Raises:
+        TypeError: for draws of different kinds.
+    """
+    if type(a) is not type(b):
+        raise TypeError(
+            f"`a` and `b` must be draws of one kind, got {type(a).__name__} and {type(b).__name__}. Merge classes with "
+            "classes and normals with normals."
+        )
+    if isinstance(a, NormalDraws) and isinstance(b, NormalDraws):
+        return _merge_normals(a, b)
+    assert isinstance(a, ClassDraws) and isinstance(b, ClassDraws)
+    return _merge_classes(a, b)
+
+
+def _shares(a, b):
+    weights = jnp.stack([a.weight, b.weight])
+    return (weights / weights.sum(0))[..., None]
+
+
+def _merge_normals(a: NormalDraws, b: NormalDraws) -> NormalDraws:
+    weights = _shares(a, b)
+    mean = lambda x, y: weighted_sum(jnp.stack([x, y]), weights)
+    difference = jnp.where((weights == 0).any(0), 0, b.mean - a.mean)
+    start = jnp.where(weights[0] == 0, b.mean, a.mean)
+    spread = mean(a.spread, b.spread) + weights[0] * weights[1] * difference**2
+    noise, known = mean(a.noise, b.noise), mean(a.known, b.known)
+    return NormalDraws(a.weight + b.weight, start + weights[1] * difference, spread, noise, known)
+
+
+def _merge_classes(a: ClassDraws, b: ClassDraws) -> ClassDraws:
+    weights = _shares(a, b)
+    heavier = weights[0] > weights[1]  # what the pool is told against: the lighter may weigh nothing
+    base = jax.tree.map(lambda x, y: jnp.where(heavier, x, y), a.pool, b.pool)
+    other = jax.tree.map(lambda x, y: jnp.where(heavier, y, x), a.pool, b.pool)
+    share = jnp.sort(weights, axis=0)[::-1]
+    apart, counted = other.above(base), share != 0
+    against = only(counted, jnp.stack([jnp.zeros_like(apart), apart]), IMPOSSIBLE)
+    probs = only(counted, jnp.exp(jnp.stack([base.log_probs(), other.log_probs()])), 0)
+    ratios, most = ratios_against(against, probs, share)
+    pooled = pool_ratios(ratios, share)
+    mean = lambda x, y: weighted_sum(jnp.stack([x, y]), weights[..., 0])
+    most, above = most[0], pooled.log_ratio[0]
+    far = most > 1  # there the other's reference says it in smaller numbers; nearer, the base's stays as it came
+    reference = jnp.where(far, other.reference - other.norms_above(base), base.reference)
+    log_ratio = jnp.where(far, other.log_ratio + above, base.log_ratio + (most + above))
+    return ClassDraws(
+        a.weight + b.weight,
+        base._replace(reference=reference, log_ratio=log_ratio),
+        mean(a.entropy, b.entropy),
+        mean(a.information, b.information) + divergence_of(ratios, pooled, share),
+        mean(a.energy, b.energy),
+    )
+
+
+def finish(draws: Draws) -> Uncertainty:
+    """The parts that `decompose` gives for all the draws in one predictive; for probabilities `ood` is the pool's entropy."""
+    if isinstance(draws, NormalDraws):
+        epistemic = draws.spread + draws.known
+        return Uncertainty(draws.noise + epistemic, draws.noise, epistemic, matched_information(draws.noise, epistemic))
+    total = draws.entropy + draws.information
+    return Uncertainty(total, draws.entropy, draws.information, jnp.where(jnp.isnan(draws.energy), total, draws.energy))
+
+
+def decompose_draws(draw: Callable, draws, inputs, *shared, rows: int | None = None) -> Uncertainty:
+    """What `decompose` gives for all draws together, which are never there together: predicted, folded in and forgotten.
+
+    One program goes through the rows in blocks, and for each through the draws, one after another. It compiles once for
+    a `draw`: keep that in a variable.
+
+    Args:
+        draw: `(one of draws, inputs of some rows, *shared) -> Predictive` of these rows, any number of members.
+        draws: pytree of arrays with a leading axis: keys, or networks (an ensemble's stacked variables).
+        inputs: pytree of arrays (rows, ...).
+        shared: pytrees that all draws get, such as a network's variables.
+        rows: of a block; None = as many as hold about 2**15 numbers of one draw.
+
+    Raises:
+        ValueError: for no draws, inputs of different lengths, or a number of rows below 1.
+    """
+    number, length = _leading("draws", draws), _leading("inputs", inputs)
+    if rows is None:
+        one = jax.eval_shape(draw, *_one_of(draws, inputs), *shared)
+        rows = max(1, CACHE_NUMBERS // max(1, sum(x.size for x in jax.tree.leaves(one))))
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"`rows` must be a whole number of at least 1, got {rows!r}. Leave it out for a good one.")
+    return _decompose_draws(draw, min(rows, length), number, draws, inputs, shared)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _decompose_draws(draw, size, number, draws, inputs, shared):
+    def block(first):
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 0), inputs)
+        one = lambda i: accumulate(draw(jax.tree.map(lambda x: x[i], draws), own, *shared))
+        return finish(jax.lax.fori_loop(1, number, lambda i, found: merge(found, one(i)), one(0)))
+
+    return map_blocks(block, jax.tree.leaves(inputs)[0].shape[0], size)
+
+
+def _leading(name: str, tree) -> int:
+    lengths = {jnp.shape(x)[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(tree)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"`{name}` must be arrays with one leading axis of the same length, at least 1, got lengths {sorted(lengths)}. "
+            "Stack them."
+        )
+    return lengths.pop()
+
+
+def _one_of(draws, inputs):
+    """Shapes of one draw and of one row."""
+    shape = lambda x: jax.eval_shape(lambda x: x[0], x)
+    row = lambda x: jax.eval_shape(lambda x: x[:1], x)
+    return jax.tree.map(shape, draws), jax.tree.map(row, inputs)

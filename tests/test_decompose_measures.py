@@ -1,0 +1,285 @@
+"""Measures beside the default: divergences between members, proper scores, Dirichlets, normals, few members."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import oracles_decompose as slow
+import pytest
+
+import bayescal as bc
+from bayescal.decompose import (
+    class_variance_parts,
+    corrected_mutual_information,
+    differential_entropy,
+    distributional_uncertainty,
+    entropy_bound_parts,
+    entropy_parts,
+    information_bounds,
+    mutual_information,
+    pairwise_divergence,
+    pairwise_parts,
+    proper_score_parts,
+    reverse_mutual_information,
+    vacuity,
+    zero_one_parts,
+)
+
+pytestmark = pytest.mark.core
+
+WEIGHTS = [None, np.array([2, 0, 1, 0.5], np.float32)]
+spherical_parts = proper_score_parts(lambda p: 1 - jnp.sqrt((p**2).sum()))
+brier_parts = proper_score_parts(lambda p: 1 - (p**2).sum())
+
+
+def example(rng, scale=2.0, rows=30, classes=5):
+    logits = (scale * rng.normal(size=(4, rows, classes))).astype(np.float32)
+    return logits, np.array([[oracles.softmax(logits[s, i]) for i in range(rows)] for s in range(4)])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["equal", "weighted"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 8.0])
+def test_divergences_against_loops(rng, weights, scale):
+    logits, probs = example(rng, scale)
+    pred = bc.Categorical(logits, weights)
+    rows = range(logits.shape[1])
+    truth = {
+        pairwise_divergence: [slow.pairwise_divergence(probs[:, i], weights) for i in rows],
+        reverse_mutual_information: [slow.reverse_information(probs[:, i], weights) for i in rows],
+        mutual_information: oracles.mutual_information(logits, weights),
+    }
+    for function, expected in truth.items():
+        # the loops themselves lose digits of nearly equal members
+        np.testing.assert_allclose(
+            function(pred), expected, rtol=1e-5 if scale > 1e-3 else 1e-4, err_msg=function.__name__
+        )
+    both = mutual_information(pred) + reverse_mutual_information(pred)
+    np.testing.assert_allclose(pairwise_divergence(pred), both, rtol=1e-6)
+    parts = bc.decompose(pred, measure=pairwise_parts)
+    np.testing.assert_allclose(parts.aleatoric, entropy_parts(pred)[0], rtol=1e-6)
+    np.testing.assert_allclose(parts.epistemic, both, rtol=1e-6)
+
+
+def test_divergences_by_hand():
+    # (0.5, 0.5) and (0.9, 0.1): KL one way 0.5108, the other 0.3681; half of each, and of zero with itself
+    pred = bc.Probabilities(jnp.array([[[0.5, 0.5]], [[0.9, 0.1]]]))
+    np.testing.assert_allclose(pairwise_divergence(pred), [(0.510826 + 0.368064) / 4], rtol=1e-5)
+
+
+def test_who_rules_out_what_another_allows():
+    pred = bc.Categorical(jnp.array([[[0.0, -jnp.inf]], [[0.0, 0.0]]]))
+    assert np.isinf(reverse_mutual_information(pred)[0]) and np.isinf(pairwise_divergence(pred)[0])
+    assert np.isfinite(mutual_information(pred)[0])
+    never = bc.Categorical(jnp.array([[[0.0, 1.0, -jnp.inf]], [[1.0, 0.0, -jnp.inf]]]))
+    without = bc.Categorical(never.logits[..., :2])
+    np.testing.assert_allclose(pairwise_divergence(never), pairwise_divergence(without), rtol=1e-6)
+
+
+def test_probabilities_keep_the_digits_of_their_differences(rng):
+    base = rng.dirichlet(np.ones(6), size=(1, 40))
+    probs = (base * (1 + 1e-5 * rng.normal(size=(5, 40, 6)))).astype(np.float32)
+    mean = probs.astype(float).mean(0)
+    ratio = probs / mean
+    truth = (mean * (ratio * np.log(ratio) - ratio + 1)).mean(0).sum(-1)
+    np.testing.assert_allclose(mutual_information(bc.Probabilities(probs)), truth, rtol=1e-4)
+    lost = np.asarray(mutual_information(bc.Categorical(np.log(probs))))
+    assert np.median(abs(lost / truth - 1)) > 1e-3
+    hard = np.eye(3, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(mutual_information(bc.Probabilities(hard)), [math.log(3)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["equal", "weighted"])
+def test_proper_scores_against_loops(rng, weights):
+    logits, probs = example(rng)
+    measures = {class_variance_parts: "brier", brier_parts: "brier", zero_one_parts: "zero one", entropy_parts: "log"}
+    for family in (bc.Categorical(logits, weights), bc.Probabilities(probs.astype(np.float32), weights)):
+        for measure, entropy in measures.items():
+            parts = bc.decompose(family, measure=measure)
+            expected = [slow.generalised(probs[:, i], slow.ENTROPIES[entropy], weights) for i in range(30)]
+            np.testing.assert_allclose(parts.aleatoric, [e[0] for e in expected], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(parts.epistemic, [e[1] for e in expected], rtol=1e-4, atol=1e-6)
+            assert (np.asarray(parts.epistemic) >= 0).all()
+    expected = [slow.generalised(probs[:, i], lambda p: 1 - np.sqrt((p**2).sum()), weights)[1] for i in range(30)]
+    found = bc.decompose(bc.Categorical(logits, weights), measure=spherical_parts)
+    np.testing.assert_allclose(found.epistemic, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_proper_scores_by_hand():
+    # (1, 0) and (0, 1): nothing aleatoric, total 1 - 1/2 in both; two classes given by one logit are the same
+    pred = bc.Probabilities(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]))
+    for measure in (class_variance_parts, zero_one_parts):
+        np.testing.assert_allclose([x[0] for x in bc.decompose(pred, measure=measure)[:3]], [0.5, 0, 0.5], atol=1e-6)
+    one = bc.decompose(bc.Bernoulli(jnp.array([[1.0], [-2.0]])), measure=class_variance_parts)
+    two = bc.decompose(bc.Categorical(jnp.array([[[0.0, 1.0]], [[0.0, -2.0]]])), measure=class_variance_parts)
+    np.testing.assert_allclose(one[:3], two[:3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("measure", [class_variance_parts, zero_one_parts, spherical_parts, pairwise_parts])
+def test_measures_keep_their_promises(rng, measure):
+    """One member and equal members: exactly nothing epistemic. Order and copies of members do not matter; NaN does."""
+    logits, _ = example(rng)
+    assert not bc.decompose(bc.Categorical(logits[:1]), measure=measure).epistemic.any()
+    same = bc.decompose(bc.Categorical(logits[[0, 0, 0]]), measure=measure).epistemic
+    np.testing.assert_allclose(same, 0, atol=1e-7)
+    parts = bc.decompose(bc.Categorical(logits), measure=measure)
+    for other in (logits[::-1], np.concatenate([logits, logits])):
+        again = bc.decompose(bc.Categorical(other), measure=measure)
+        np.testing.assert_allclose(again.epistemic, parts.epistemic, rtol=1e-5, atol=1e-6)
+    broken = logits.copy()
+    broken[1, 3, 0] = np.nan
+    parts = bc.decompose(bc.Categorical(broken), measure=measure)
+    assert np.isnan(parts.epistemic[3]) and np.isnan(parts.aleatoric[3])
+    assert np.isfinite(np.delete(np.asarray(parts.epistemic), 3)).all()
+
+
+def test_dirichlet_against_draws(key):
+    concentration = jnp.array([[1.0, 1.0, 1.0], [0.2, 3.0, 0.5], [20.0, 5.0, 1.0], [300.0, 200.0, 100.0]])
+    parts = bc.decompose(bc.Dirichlet(concentration[None]))
+    drawn = np.asarray(jax.random.dirichlet(key, concentration, (100_000, 4)), np.float64)
+    entropy = -np.where(drawn > 0, drawn * np.log(np.where(drawn > 0, drawn, 1)), 0).sum(-1)
+    error = entropy.std(0) / np.sqrt(len(drawn))
+    assert (abs(parts.aleatoric - entropy.mean(0)) < 4 * error + 1e-5).all()
+    mean = np.asarray(concentration / concentration.sum(-1, keepdims=True), np.float64)
+    total = [oracles.entropy(p) for p in mean]
+    np.testing.assert_allclose(parts.total, total, rtol=1e-5)
+    np.testing.assert_allclose(parts.epistemic, total - entropy.mean(0), atol=float(4 * error.max()) + 1e-5)
+    np.testing.assert_allclose(parts.ood, 3 / concentration.sum(-1), rtol=1e-6)
+
+
+def test_dirichlet_by_hand_and_against_scipy():
+    from scipy.special import digamma
+    from scipy.stats import dirichlet
+
+    # Dir(1, 1): total log 2, aleatoric psi(3) - psi(2) = 1/2
+    parts = bc.decompose(bc.Dirichlet(jnp.ones((1, 1, 2))))
+    np.testing.assert_allclose([x[0] for x in parts], [math.log(2), 0.5, math.log(2) - 0.5, 1], rtol=1e-5)
+    for a in ([0.3, 2.0, 7.9], [8.1, 50.0, 1e3], [1e5, 1e6, 3e6]):
+        a = np.array(a)
+        p = a / a.sum()
+        truth = (p * ((digamma(a + 1) - np.log(a)) - (digamma(a.sum() + 1) - np.log(a.sum())))).sum()
+        pred = bc.Dirichlet(a[None, None].astype(np.float32))
+        np.testing.assert_allclose(distributional_uncertainty(pred), [truth], rtol=2e-5)
+        if a.max() < 1e4:
+            np.testing.assert_allclose(differential_entropy(pred), [dirichlet(a).entropy()], rtol=1e-4)
+    naive = np.float32(digamma(np.float32(1e6))) - np.float32(digamma(np.float32(4.1e6)))  # what the form is for
+    assert abs(naive) > 1
+
+
+def test_an_ensemble_of_dirichlets(rng):
+    """Its epistemic part is its members' own and what is between them; known ones leave what is between alone."""
+    concentration = rng.gamma(2, 2, size=(3, 20, 4)).astype(np.float32)
+    pred = bc.Dirichlet(concentration)
+    parts = bc.decompose(pred)
+    means = concentration / concentration.sum(-1, keepdims=True)
+    between = mutual_information(bc.Probabilities(means))
+    np.testing.assert_allclose(parts.epistemic, distributional_uncertainty(pred) + between, rtol=1e-5)
+    np.testing.assert_allclose(parts.total, pred.entropy(), rtol=1e-5)
+    sharp = bc.decompose(bc.Dirichlet(means * 1e7))
+    np.testing.assert_allclose(sharp.epistemic, between, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sharp.aleatoric, entropy_parts(bc.Probabilities(means))[0], rtol=1e-4)
+    np.testing.assert_allclose(pred.log_probs(), np.log(means.mean(0)), rtol=1e-5)
+    assert (np.asarray(vacuity(pred)) > np.asarray(vacuity(bc.Dirichlet(2 * concentration)))).all()
+    assert bc.take(pred, [1, 2]).batch_shape == (2,) and pred.top_label()[1].shape == (20,)
+    np.testing.assert_allclose(bc.evaluate(pred, means.mean(0).argmax(-1), {"a": bc.accuracy()})["a"].value, 1)
+
+
+def test_bounds_enclose_the_information_of_normals(rng, key):
+    mean = rng.normal(size=(4, 12, 2)).astype(np.float32) * np.geomspace(0.01, 20, 12)[:, None].astype(np.float32)
+    variance = np.exp(rng.normal(size=(4, 12, 2))).astype(np.float32)
+    weights = np.array([1, 2, 0, 1], np.float32)
+    pred = bc.Gaussian(mean, variance, None, weights)
+    low, high = (np.asarray(x) for x in information_bounds(pred))
+    drawn = jax.vmap(pred.sample)(jax.random.split(key, 20_000))
+    surprise = -np.asarray(jax.vmap(pred.log_prob)(drawn), np.float64)
+    own = np.average(np.asarray(pred.member_entropy()), axis=0, weights=weights)
+    information, error = surprise.mean(0) - own, surprise.std(0) / np.sqrt(len(surprise))
+    assert (low - 4 * error <= information).all() and (information <= high + 4 * error).all()
+    most = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
+    assert (low >= 0).all() and (high <= most + 1e-5).all() and (low < high + 1e-6).all()
+    parts = bc.decompose(pred, measure=entropy_bound_parts)
+    np.testing.assert_allclose(parts.aleatoric, own, rtol=1e-5)
+    np.testing.assert_allclose(parts.epistemic, high, rtol=1e-6)
+    for same in (bc.Gaussian(mean[:1], variance[:1]), bc.Gaussian(mean[[0, 0]], variance[[0, 0]])):
+        np.testing.assert_allclose(information_bounds(same), 0, atol=1e-6)
+
+
+def test_bounds_by_hand():
+    # N(0, 1) and N(d, 1): Bhattacharyya d^2 / 8, Kullback-Leibler d^2 / 2
+    pred = bc.Gaussian(jnp.array([[[0.0]], [[2.0]]]), jnp.ones((2, 1, 1)))
+    low, high = information_bounds(pred)
+    np.testing.assert_allclose(low, [-math.log(0.5 + 0.5 * math.exp(-0.5))], rtol=1e-5)
+    np.testing.assert_allclose(high, [-math.log(0.5 + 0.5 * math.exp(-2))], rtol=1e-5)
+    wide = bc.Gaussian(
+        jnp.zeros((2, 1, 1)), jnp.array([[[1.0]], [[9.0]]])
+    )  # 0.5 log(cosh(log 3)), 0.5 (1/9 - 1 + log 9)
+    near, far = 0.5 * math.log(math.cosh(math.log(3))), 0.5 * (1 / 9 - 1 + math.log(9))
+    back = 0.5 * (9 - 1 - math.log(9))
+    low, high = information_bounds(wide)
+    np.testing.assert_allclose(low, [-math.log(0.5 + 0.5 * math.exp(-near))], rtol=1e-5)
+    expected = -0.5 * (math.log(0.5 + 0.5 * math.exp(-far)) + math.log(0.5 + 0.5 * math.exp(-back)))
+    np.testing.assert_allclose(high, [expected], rtol=1e-5)
+
+
+def test_correction_takes_most_of_the_bias(rng):
+    """Members are draws of a Dirichlet, whose information is known; few of them show too little of it."""
+    concentration = np.array([4.0, 2.0, 1.0, 1.0])
+    truth = float(bc.decompose(bc.Dirichlet(concentration[None, None].astype(np.float32))).epistemic[0])
+    probs = rng.dirichlet(concentration, size=(5, 4000)).astype(np.float32)
+    pred = bc.Probabilities(probs)
+    plain, corrected = np.asarray(mutual_information(pred)).mean(), corrected_mutual_information(pred)
+    assert plain / truth < 0.85  # about 1 - 1 / 5
+    assert abs(float(corrected.value.mean()) / truth - 1) < 0.04
+    covered = (np.asarray(corrected.low) <= truth) & (truth <= np.asarray(corrected.high))
+    assert covered.mean() > 0.85
+
+
+def test_correction_against_a_loop(rng):
+    logits = rng.normal(size=(5, 7, 3)).astype(np.float32)
+    whole = oracles.mutual_information(logits)
+    parts = np.array([oracles.mutual_information(np.delete(logits, s, 0)) for s in range(5)])
+    pseudo = 5 * whole - 4 * parts
+    value, error = pseudo.mean(0), pseudo.std(0, ddof=1) / math.sqrt(5)
+    padded = np.insert(logits, 2, np.nan, 0)
+    weights = np.array([1, 1, 0, 1, 1, 1], np.float32)
+    for pred in (bc.Categorical(logits), bc.Categorical(padded, weights)):
+        found = corrected_mutual_information(pred)
+        np.testing.assert_allclose(found.value, value, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.high, value + 2.7764451 * error, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda z: corrected_mutual_information(bc.Categorical(z[:2])),
+            ValueError,
+            "at least 3 members that count, got 2",
+        ),
+        (
+            lambda z: corrected_mutual_information(bc.Categorical(z, np.arange(4.0, dtype=np.float32))),
+            ValueError,
+            "must have members that weigh the same for all examples, got `member_weights` from 0 to 3",
+        ),
+        (
+            lambda z: corrected_mutual_information(bc.pool(bc.Categorical(z))),
+            ValueError,
+            "`pred` must have raw members",
+        ),
+        (
+            lambda z: mutual_information(bc.Gaussian(z, z)),
+            TypeError,
+            "`mutual_information` does not exist for Gaussian",
+        ),
+        (lambda z: bc.Dirichlet(z[0, 0]), ValueError, "`concentration` must have shape"),
+        (
+            lambda z: bc.evaluate(bc.Dirichlet(abs(z) * [0, 1]), np.zeros(3, int), {"a": bc.accuracy()}),
+            ValueError,
+            "`concentration` must be positive, got zero or less in 3 of 3 examples",
+        ),
+    ],
+)
+def test_bad_input(unchecked, rng, call, error, message):
+    with pytest.raises(error, match=message):
+        call(rng.normal(size=(4, 3, 2)).astype(np.float32))
