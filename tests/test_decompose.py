@@ -156,13 +156,6 @@ def test_own_measure_and_score(rng):
     np.testing.assert_allclose(parts.ood, -np.log(pred.pooled_mean().max(-1)), rtol=1e-5)
 
 
-def test_scores_rise_with_uncertainty():
-    sure, unsure = jnp.array([[[9.0, 0.0, 0.0]]] * 2), jnp.array([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]])
-    for name in bc.scores.__all__:
-        score = getattr(bc.scores, name)
-        assert score(bc.Categorical(unsure))[0] > score(bc.Categorical(sure))[0], name
-
-
 def test_no_predictive(unchecked):
     with pytest.raises(TypeError, match=r"`pred` must be a predictive \(Categorical, .*Dirichlet\), got ndarray"):
         bc.decompose(np.zeros((2, 3, 4)))

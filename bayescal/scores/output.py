@@ -1,15 +1,33 @@
-"""Scores read from a network's outputs alone."""
+"""Scores read from a network's outputs alone: `score(pred) -> (*batch,)`, higher = more unlike the training data.
+
+Where there are several members, the name or the docstring says what is averaged. NaN of a member that counts comes through.
+"""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from bayescal.decompose import free_energy, mutual_information
-from bayescal.predictive import Bernoulli, Categorical
+from bayescal.decompose.information import ClassPredictive
+from bayescal.predictive import Bernoulli, Categorical, Dirichlet, Probabilities, float32_or_wider, refuse, weighted_sum
 
-__all__ = ["entropy", "free_energy", "max_probability", "mutual_information"]
+__all__ = [
+    "dempster_shafer",
+    "entropy",
+    "free_energy",
+    "free_energy_of_mean",
+    "generalised_entropy",
+    "kl_from_uniform",
+    "margin",
+    "max_logit",
+    "max_probability",
+    "member_disagreement",
+    "mutual_information",
+    "variation_ratio",
+]
 
 
-def max_probability(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
+def max_probability(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
     """Minus the largest pooled log-probability, -max_k log p_k, nats, >= 0; higher = more unlike the training data.
 
     Ranks as 1 - max p does, and still tells apart predictions whose probability rounds to one.
@@ -19,6 +37,131 @@ def max_probability(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]
     return -pred.log_probs().max(-1)
 
 
-def entropy(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
+def margin(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
+    """log p_second - log p_first of the pool, nats, at most 0; higher = more unlike the training data.
+
+    -inf for one-hot pools.
+    """
+    first, second = jnp.moveaxis(jax.lax.top_k(_with_nan(pred.log_probs()), 2)[0], -1, 0)
+    return second - first
+
+
+def entropy(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
     """Entropy of the pool, nats in [0, log classes]; higher = more unlike the training data."""
     return pred.entropy()
+
+
+def generalised_entropy(
+    pred: ClassPredictive | Dirichlet, *, gamma: float = 0.1, top: int = 100
+) -> Float[jax.Array, "*batch"]:
+    """sum over the `top` largest p_k of (p_k (1 - p_k))^gamma, of the pool, >= 0; higher = more unlike the training data.
+
+    A small gamma looks at small differences of probabilities near zero and one, where most predictions are.
+
+    Args:
+        pred: predictive of classes.
+        gamma: exponent in (0, 1).
+        top: classes that count, at least one; more than there are = all.
+
+    Raises:
+        ValueError: for an exponent outside (0, 1), or fewer classes than one.
+    Source: Liu et al. 2023, GEN (recalled).
+    """
+    if not 0 < gamma < 1 or top < 1:
+        raise ValueError(
+            f"`gamma` must lie in (0, 1) and `top` be at least 1, got {gamma!r} and {top!r}. The paper has 0.1 and 100."
+        )
+    log_probs = _with_nan(pred.log_probs())
+    largest = jax.lax.top_k(log_probs, min(top, log_probs.shape[-1]))[0]
+    return jnp.exp(gamma * (largest + jnp.log(-jnp.expm1(largest)))).sum(-1)
+
+
+def kl_from_uniform(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
+    """-KL(uniform || p) = log classes + mean_k log p_k of the pool, nats, at most 0; higher = more unlike the training data.
+
+    -inf where a class is impossible.
+    """
+    log_probs = pred.log_probs()
+    return log_probs.mean(-1) + jnp.log(log_probs.shape[-1]).astype(log_probs.dtype)
+
+
+def max_logit(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
+    """Mean over members of -max_k z_k, in the logits' unit; higher = more unlike the training data.
+
+    The mean of maxima, not the maximum of mean logits.
+
+    Raises:
+        ValueError: for normalised logits, whose level is gone. TypeError: for probabilities, which have none.
+    Source: Hendrycks et al. 2022, Scaling out-of-distribution detection (recalled).
+    """
+    pred = _raw(pred, "max_logit")
+    return weighted_sum(-float32_or_wider(pred.logits).max(-1), pred.weights())
+
+
+def free_energy_of_mean(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
+    """-logsumexp_k of the members' mean logits, nats; higher = more unlike the training data.
+
+    The energy of mean logits, not the mean of energies (`free_energy`), from which it is never smaller (logsumexp is convex):
+    it rises where members disagree.
+
+    Raises:
+        ValueError: for normalised logits, whose level is gone. TypeError: for probabilities, which have none.
+    """
+    pred = _raw(pred, "free_energy_of_mean")
+    return -jax.nn.logsumexp(weighted_sum(float32_or_wider(pred.logits), pred.weights()[..., None]), axis=-1)
+
+
+def dempster_shafer(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
+    """Mean over members of classes / (classes + sum_k exp z_k), in (0, 1); higher = more unlike the training data.
+
+    Ranks one member as its free energy does.
+
+    Raises:
+        ValueError: for normalised logits, whose level is gone. TypeError: for probabilities, which have none.
+    Source: Sensoy et al. 2018; Liu et al. 2020 (SNGP) use it as a score (recalled).
+    """
+    pred = _raw(pred, "dempster_shafer")
+    evidence = jax.nn.logsumexp(float32_or_wider(pred.logits), axis=-1)
+    return weighted_sum(jax.nn.sigmoid(jnp.log(float(pred.num_classes)) - evidence), pred.weights())
+
+
+def variation_ratio(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
+    """1 - the weight of the members that vote for the most voted class, in [0, 1 - 1 / classes].
+
+    Higher = more unlike the training data. Members' ties go to the lowest class. 0 for one member.
+    """
+    return 1 - _votes(pred).max(-1)
+
+
+def member_disagreement(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
+    """Probability that two members, drawn by weight with replacement, vote for other classes: 1 - sum_k votes_k^2.
+
+    In [0, 1 - 1 / classes]; higher = more unlike the training data. Members' ties go to the lowest class. 0 for one member.
+    """
+    return 1 - (_votes(pred) ** 2).sum(-1)
+
+
+def _votes(pred):
+    """Share of the members' weight that votes for each class, (*batch, classes); NaN where a member that counts is NaN."""
+    pred = pred.as_categorical() if isinstance(pred, Bernoulli | Dirichlet) else pred
+    values = float32_or_wider(pred.probs if isinstance(pred, Probabilities) else pred.logits)
+    votes = jax.nn.one_hot(values.argmax(-1), values.shape[-1], dtype=values.dtype)
+    undefined = jnp.isnan(values).any(-1, keepdims=True)
+    return weighted_sum(jnp.where(undefined, jnp.nan, votes), pred.weights()[..., None])
+
+
+def _with_nan(log_probs):
+    """Rows with a NaN are NaN throughout: a sort would put it aside."""
+    return jnp.where(jnp.isnan(log_probs).any(-1, keepdims=True), jnp.nan, log_probs)
+
+
+def _raw(pred, name: str) -> Categorical:
+    pred = pred.as_categorical() if isinstance(pred, Bernoulli) else pred
+    if not isinstance(pred, Categorical):
+        refuse(type(pred).__name__, name, "It needs logits; see `max_probability` and `entropy`.")
+    if pred.normalised:
+        raise ValueError(
+            f"`{name}` needs a network's raw logits, got normalised ones (a pooled or calibrated predictive). "
+            "Take the score before pooling and calibrating."
+        )
+    return pred
