@@ -9,6 +9,7 @@ from bayescal.checkpoint import Checkpoint, load, save
 from bayescal.compare import Comparison, bootstrap_intervals, compare
 from bayescal.data.predictions import read_predictions
 from bayescal.decompose import Uncertainty, decompose, decompose_draws
+from bayescal.detection import compare_detection, detection_rates, detection_threshold, evaluate_detection, open_domain
 from bayescal.evaluate import evaluate, mean_over_runs
 from bayescal.methods import (
     Subsample,
@@ -115,6 +116,7 @@ __all__ = [  # in the order of the data flow
     "calibration_error",
     "classwise_calibration_error",
     "compare",
+    "compare_detection",
     "concatenate",
     "confidence_histogram",
     "coverage",
@@ -122,8 +124,11 @@ __all__ = [  # in the order of the data flow
     "data",
     "decompose",
     "decompose_draws",
+    "detection_rates",
+    "detection_threshold",
     "ensemble",
     "evaluate",
+    "evaluate_detection",
     "evaluate_file",
     "experiments",
     "fit",
@@ -146,6 +151,7 @@ __all__ = [  # in the order of the data flow
     "nll",
     "one_class",
     "one_logit",
+    "open_domain",
     "out_of_bag",
     "plots",
     "pool",

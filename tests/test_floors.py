@@ -31,6 +31,7 @@ FLOORS = {
     **dict.fromkeys(["methods", "calibrate", "conformal"], "2c"),
     **dict.fromkeys(["train", "evaluate", "testing"], "3"),
     "compare": "3a",
+    "detection": "3b",
     **dict.fromkeys(["plots", "fields", "language"], "4"),
     "report": "5",
     "recorded_page": "5a",

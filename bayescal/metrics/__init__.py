@@ -15,6 +15,7 @@ from bayescal.metrics.adaptive import (
     nixon_calibration_error,
     squared_equal_mass_calibration_error,
 )
+from bayescal.metrics.association import spearman, spearman_difference
 from bayescal.metrics.binfree import ks_error, ks_test, kuiper_error, kuiper_test, spiegelhalter_test
 from bayescal.metrics.calibration import calibration_error, confidence_histogram, squared_calibration_error
 from bayescal.metrics.classwise import (
@@ -183,6 +184,8 @@ __all__ = [
     "smooth_curve",
     "soft_accuracy_versus_uncertainty_loss",
     "soft_binned_calibration_error",
+    "spearman",
+    "spearman_difference",
     "spherical_score",
     "spiegelhalter_test",
     "spiegelhalter_z",
