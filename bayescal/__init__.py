@@ -61,7 +61,7 @@ from bayescal.predictive import (
 )
 from bayescal.recorded import evaluate_file
 from bayescal.sharding import make_mesh, use_all_cores
-from bayescal.train import fit, predict
+from bayescal.train import fit, predict, predict_features
 from bayescal.types import (
     Batch,
     Dataset,
@@ -156,6 +156,7 @@ __all__ = [  # in the order of the data flow
     "plots",
     "pool",
     "predict",
+    "predict_features",
     "read_predictions",
     "rescale",
     "save",

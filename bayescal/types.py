@@ -30,15 +30,19 @@ class Model(NamedTuple):
         (batch norm uses its running moments). A key given to a network without a random stream is an error.
     train: `(variables, inputs, key) -> (outputs, new_stats, penalty)`: the pass that is differentiated.
         `penalty` is in nats for the whole data set (KL of variational layers, learnt dropout rates), else 0.
-    features, head: `apply = head(features)`, for last-layer methods and feature scores; None where there are none.
+    features, head: `(variables, inputs, key | None) -> (batch, features)`, what the last layer is given, and
+        `(variables, features) -> outputs`, that layer: apply(v, x, key) = head(v, features(v, x, key)), to the bit within
+        one program. For last-layer methods and feature scores; None where there are none.
+    head_path: keys that lead to the head's parameters in `params`; () where there is no head.
     taps: zeros added to each dense or convolution output, and the inputs seen (what KFAC needs); None where absent.
     """
 
     init: Callable[[Key], Variables]
     apply: Callable[[Variables, Any, Key | None], Outputs]
     train: Callable[[Variables, Any, Key], tuple[Outputs, PyTree, Any]]
-    features: Callable | None = None
-    head: Callable | None = None
+    features: Callable[[Variables, Any, Key | None], jax.Array] | None = None
+    head: Callable[[Variables, Any], Outputs] | None = None
+    head_path: tuple[str, ...] = ()
     taps: Callable | None = None
 
 

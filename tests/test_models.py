@@ -7,6 +7,7 @@ from flax import nnx
 from methods import linen_model
 
 import bayescal as bc
+from bayescal.models.band import band_convolution
 
 pytestmark = pytest.mark.core
 
@@ -19,12 +20,15 @@ ADAPTED = {
     "nnx": lambda: mlp(dropout=0.5),
     "nnx with batch norm": lambda: mlp(dropout=0.5, batch_norm=True),
     "nnx convolutions": lambda: bc.models.convnet((2, 2, 1), (3,), 16, 3, dropout=0.5, batch_norm=True),
+    "lenet, convolutions": lambda: bc.models.lenet((12, 12, 1), 3, dropout=0.5),
     "linen": linen_model,
 }
 
 
 def inputs_for(name):
     x = jax.random.normal(jax.random.key(3), (6, 4))
+    if "lenet" in name:
+        return jnp.tile(x.reshape(6, 2, 2, 1), (1, 6, 6, 1))
     return x.reshape(6, 2, 2, 1) if "convolutions" in name else x
 
 
@@ -38,7 +42,7 @@ def test_a_key_makes_it_stochastic(name, key):
     np.testing.assert_array_equal(fixed(variables), fixed(variables))
 
 
-@pytest.mark.parametrize("name", [n for n in ADAPTED if n != "nnx"])
+@pytest.mark.parametrize("name", [n for n in ADAPTED if n not in ("nnx", "lenet, convolutions")])
 def test_batch_norm_is_frozen_outside_training(name, key):
     model, x = ADAPTED[name](), inputs_for(name)
     variables = jax.jit(model.init)(key)
@@ -251,3 +255,54 @@ def test_a_vmapped_convnet_has_the_gradients_of_each_member(key):
     both, each = jax.jit(jax.vmap(gradient))(variables), jax.lax.map(gradient, variables)
     for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(each), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "margin"), [((6, 5, 2), (3, 3), 1), ((7, 6, 1), (5, 2), 0), ((4, 4, 3), (1, 3), 2)]
+)
+def test_band_convolution(shape, size, margin, key, strict):
+    """Against float64 loops, and jax's own with its gradients."""
+    images = jax.random.normal(key, (2, *shape))
+    kernel = jax.random.normal(key, (*size, shape[-1], 4))
+    got = band_convolution(images, kernel, margin=margin)
+    padded = np.pad(np.float64(images), ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    expected = np.zeros((2, *(n - k + 1 for n, k in zip(padded.shape[1:3], size, strict=True)), 4))
+    for b, y, x, d in np.ndindex(expected.shape):
+        for i, j, c in np.ndindex(*size, shape[-1]):
+            expected[b, y, x, d] += padded[b, y + i, x + j, c] * float(kernel[i, j, c, d])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+    def native(images, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), ((margin, margin),) * 2, dimension_numbers=layout)
+
+    ours = lambda images, kernel: band_convolution(images, kernel, margin=margin)
+    ours, own = (jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1))(images, kernel) for f in (ours, native))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, own)
+
+
+def test_lenet_layer_by_layer(key):
+    """The same numbers with flax's own convolutions and pooling; 61,706 parameters."""
+    model = bc.models.lenet((28, 28, 1), 10)
+    variables, x = jax.jit(model.init)(key), jax.random.normal(key, (3, 28, 28, 1))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables.params)) == 61706
+    params, images = variables.params, x
+    for i, padding in enumerate(("SAME", "VALID")):
+        own = params["conv"][i]
+        images = nn.Conv(own["bias"].size, (5, 5), padding=padding).apply({"params": own}, images)
+        images = nn.max_pool(nn.relu(images), (2, 2), (2, 2))
+    assert images.shape == (3, 5, 5, 16)
+    rows = images.reshape(3, -1)
+    for i in range(2):
+        rows = nn.relu(rows @ params["dense"][i]["kernel"] + params["dense"][i]["bias"])
+    np.testing.assert_allclose(model.features(variables, x, None), rows, rtol=1e-4, atol=1e-5)
+    expected = rows @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(model.apply(variables, x, None), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 28, 1), (28, 30, 1)])
+def test_lenet_needs_images_to_halve_twice(shape):
+    with pytest.raises(ValueError, match=r"`shape` must have height and width divisible by 4 and at least 12, got \("):
+        bc.models.lenet(shape, 10)
+    with pytest.raises(ValueError, match=r"`dropout` must be a rate in \[0, 1\)"):
+        bc.models.lenet((12, 12, 1), 10, dropout=1)

@@ -3,6 +3,7 @@
 from bayescal.models.adapters import from_linen, from_nnx
 from bayescal.models.convnet import convnet
 from bayescal.models.dropout import dropout_layer
+from bayescal.models.lenet import lenet
 from bayescal.models.mlp import mlp
 
-__all__ = ["convnet", "dropout_layer", "from_linen", "from_nnx", "mlp"]
+__all__ = ["convnet", "dropout_layer", "from_linen", "from_nnx", "lenet", "mlp"]

@@ -1,11 +1,13 @@
 """From flax networks to `Model`. Pure functions need no adapter: `Model(init, apply, train)`."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bayescal.models.head import HeadCalls, no_such_layer, random_head, shared_head
 from bayescal.types import Key, Model, Variables
 
 _NO_STREAM = (
@@ -14,7 +16,7 @@ _NO_STREAM = (
 )
 
 
-def from_nnx(build: Callable[[Any], Any]) -> Model:
+def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
     """Model of a flax nnx module, used through split and merge alone.
 
     With a key, dropout (attention's own too) is switched on and every random stream of the module is seeded from the key; batch
@@ -22,12 +24,15 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
 
     Args:
         build: `nnx.Rngs -> module`, called afresh for every initialisation.
+        head: attribute that is the last layer, through which the model gives features: what that layer is called with.
 
     Returns:
         Model whose `params` are the module's `nnx.Param` values as nested dicts, and `stats` all other variables.
 
     Raises:
-        ValueError: at `apply`, for a key given to a network that draws no random numbers.
+        ValueError: at `apply`, for a key given to a network that draws no random numbers. At `features`, for a `head`
+            that is no layer of the module, is not called once and with an array (batch, features) alone, draws random
+            numbers, or is not what gives the outputs.
     """
     from flax import nnx
 
@@ -89,17 +94,23 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
             if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         ]
 
-    def apply(variables: Variables, inputs, key: Key | None):
+    def drawn(module, before) -> bool:
+        return any(a is not b for a, b in zip(before, counts(module), strict=True))
+
+    def forward(variables: Variables, inputs, key: Key | None, call: Callable):
         module = module_with(variables, key)
         module.eval()
         if key is None:
-            return module(inputs)
+            return call(module, inputs)
         module.set_attributes(deterministic=False, raise_if_not_found=False)  # dropout, and attention's own
         before = counts(module)
-        outputs = module(inputs)
-        if all(a is b for a, b in zip(before, counts(module), strict=True)):  # no stream was drawn from
+        result = call(module, inputs)
+        if not drawn(module, before):
             raise ValueError(_NO_STREAM)
-        return outputs
+        return result
+
+    def apply(variables: Variables, inputs, key: Key | None):
+        return forward(variables, inputs, key, lambda module, inputs: module(inputs))
 
     def train(variables: Variables, inputs, key: Key):
         module = module_with(variables, key)
@@ -107,7 +118,37 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
         outputs = module(inputs)
         return outputs, nnx.to_pure_dict(parts(module)[3]), 0.0
 
-    return Model(init, apply, train)
+    if head is None:
+        return Model(init, apply, train)
+
+    def layer_of(module):
+        layers = nnx.to_pure_dict(template()[1])  # by their parameters: one that shares another's has none of its own
+        if head not in layers:
+            raise no_such_layer(head, layers)
+        return getattr(module, head)
+
+    def watched(module, inputs):
+        layer, calls = layer_of(module), HeadCalls(head)
+
+        def call(*args, **kwargs):
+            before = counts(layer)
+            outputs = calls(layer, *args, **kwargs)
+            if drawn(layer, before):
+                raise random_head(head)
+            return outputs
+
+        setattr(module, head, call)
+        outputs = module(inputs)
+        setattr(module, head, layer)
+        return calls.features(outputs)
+
+    def apply_head(variables: Variables, features):
+        module = module_with(variables, None)
+        module.eval()
+        return layer_of(module)(features)
+
+    features = lambda variables, inputs, key: forward(variables, inputs, key, watched)
+    return Model(init, apply, train, features, apply_head, (head,))
 
 
 def from_linen(
@@ -117,12 +158,12 @@ def from_linen(
     train: Mapping[str, Any] | None = None,
     evaluate: Mapping[str, Any] | None = None,
     stream: str = "dropout",
+    head: str | None = None,
 ) -> Model:
     """Model of a flax linen module.
 
     With a key, `nn.Dropout` is switched on (dropout inside attention layers is not); batch norm keeps its running
-    moments. Without one the pass is the
-    evaluation one.
+    moments. Without one the pass is the evaluation one.
 
     Args:
         module: the linen module.
@@ -130,12 +171,16 @@ def from_linen(
         train: keyword arguments of a training call, such as `{"train": True}`.
         evaluate: those of an evaluation call, such as `{"train": False}`.
         stream: name of the random stream of the stochastic layers.
+        head: name of the last layer, such as `"Dense_1"`, through which the model gives features: what that layer is
+            called with.
 
     Returns:
         Model whose `params` are the collection of that name, and `stats` all other collections.
 
     Raises:
-        ValueError: at `apply`, for a key given to a network that draws no random numbers (flax itself says nothing).
+        ValueError: at `apply`, for a key given to a network that draws no random numbers (flax itself says nothing). At
+            once, for a `head` that is no layer of the module, is not called once and with an array (batch, features)
+            alone, or is not what gives the outputs; at `features`, for one that draws random numbers.
     """
     import flax.linen as nn
     from flax.errors import InvalidRngError
@@ -162,15 +207,25 @@ def from_linen(
         variables = dict(module.init({"params": params_key, stream: stream_key}, example, **evaluate))
         return Variables(variables.pop("params", {}), variables)
 
-    def apply(variables: Variables, inputs, key: Key | None):
+    def forward(variables: Variables, inputs, key: Key | None, watch):
         if key is None:
-            return module.apply(collections(variables), inputs, **evaluate)
+            with watch:
+                return module.apply(collections(variables), inputs, **evaluate)
         with nn.intercept_methods(dropout_on):
-            try:  # without the stream: a network that needs none gets through
-                jax.eval_shape(lambda v, x: module.apply(v, x, **evaluate), collections(variables), inputs)
-            except InvalidRngError:
+            if not draws(lambda v, x: module.apply(v, x, **evaluate), collections(variables), inputs):
+                raise ValueError(_NO_STREAM)
+            with watch:
                 return module.apply(collections(variables), inputs, rngs={stream: key}, **evaluate)
-        raise ValueError(_NO_STREAM)
+
+    def draws(call, *args) -> bool:
+        try:  # without the stream: a network that needs none gets through
+            jax.eval_shape(call, *args)
+        except InvalidRngError:
+            return True
+        return False
+
+    def apply(variables: Variables, inputs, key: Key | None):
+        return forward(variables, inputs, key, nullcontext())
 
     def train_pass(variables: Variables, inputs, key: Key):
         outputs, stats = module.apply(
@@ -178,4 +233,48 @@ def from_linen(
         )
         return outputs, stats, 0.0
 
-    return Model(init, apply, train_pass)
+    if head is None:
+        return Model(init, apply, train_pass)
+
+    def watching(calls: HeadCalls, found: list):
+        def watch(call, args, kwargs, context):
+            if context.module.path != (head,) or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            found.append(context.module.unbind()[0])
+            return calls(call, *args, **kwargs)
+
+        return nn.intercept_methods(watch)
+
+    def last_layer():
+        found: list = []
+
+        def look(key, inputs):
+            calls, streams = HeadCalls(head), {"params": key, stream: key}
+            with watching(calls, found):
+                outputs, variables = module.init_with_output(streams, inputs, **evaluate)
+            params = variables.get("params", {})
+            if not found or head not in params:
+                raise no_such_layer(head, params)
+            own = found[0].init(streams, calls.features(outputs))["params"]
+            if jax.tree.structure(own) != jax.tree.structure(params[head]):
+                raise shared_head(head)
+
+        jax.eval_shape(look, jax.eval_shape(jax.random.key, 0), example)
+        return found[0]
+
+    layer = last_layer()
+
+    def features(variables: Variables, inputs, key: Key | None):
+        calls = HeadCalls(head)
+        result = calls.features(forward(variables, inputs, key, watching(calls, [])))
+        if key is not None:
+            with nn.intercept_methods(dropout_on):
+                if draws(apply_head, variables, result):
+                    raise random_head(head)
+        return result
+
+    def apply_head(variables: Variables, features):
+        own = {name: tree[head] for name, tree in collections(variables).items() if head in tree}
+        return layer.apply(own, features)
+
+    return Model(init, apply, train_pass, features, apply_head, (head,))

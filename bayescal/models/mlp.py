@@ -19,6 +19,8 @@ def mlp(
 ) -> Model:
     """Dense layers with ReLU between them: (batch, ...) flattened to (batch, in_features) -> (batch, out_features).
 
+    Its features are what the last dense layer is given: (batch, hidden[-1]), or the inputs where nothing is hidden.
+
     Args:
         in_features: numbers per example, after flattening.
         hidden: width of each hidden layer.
@@ -30,7 +32,8 @@ def mlp(
         ValueError: for a dropout rate outside [0, 1).
     """
     check_dropout(dropout)
-    return from_nnx(lambda rngs: _module()(in_features, hidden, out_features, dropout, batch_norm, rngs))
+    build = lambda rngs: _module()(in_features, hidden, out_features, dropout, batch_norm, rngs)
+    return from_nnx(build, head="head")
 
 
 @cache  # jax keeps every module class for ever: one, and none that closes over a traced rate

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bayescal.predictive import float32_or_wider
+from bayescal.sharding import fetch
 from bayescal.types import Array, pytree
 
 
@@ -119,6 +120,7 @@ def fit_members(fit: Callable[..., Any], *arguments: Any) -> MemberScores:
     Raises:
         ValueError: for leaves without a common member axis, and what `fit` raises, with the member named.
     """
+    arguments = fetch(arguments)  # trained networks are where they were trained, features on one device
     leaves = jax.tree.leaves(arguments)
     sizes = sorted({np.shape(leaf)[:1] for leaf in leaves})
     if len(sizes) != 1 or not any(sizes[0]):
