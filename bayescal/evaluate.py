@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -179,7 +180,7 @@ def batches(
     size = min(size, rows)
     pred, weights, ones = jax.tree.map(_on_host, pred), _float32(weights), jnp.ones(size, jnp.float32)
     for start in range(0, rows, size):
-        first = min(start, rows - size)  # the last batch reaches back: a slice is a view, and filling up would copy
+        first = min(start, rows - size)  # the last batch reaches back: filling up would copy all of it
         index = slice(first, first + size)
         mask = ones if weights is None else weights[index]
         if first < start:
@@ -192,12 +193,12 @@ def _rows_at_once(pred: Predictive, batch_size: int | None) -> int:
     if batch_size is None:  # calls cost something, and so does memory
         numbers = max(1, sum(x.size for x in jax.tree.leaves(pred)) // max(1, pred.batch_shape[0]))
         return 2 ** min(20, max(0, (BATCH_NUMBERS // numbers).bit_length() - 1))
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**20:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or not 1 <= batch_size <= 2**20:
         raise ValueError(
             f"`batch_size` must be a whole number from 1 to 2**20, got {batch_size!r}: float32 sums stay exact up to there. "
             "Leave it out for a size that suits the predictive."
         )
-    return batch_size
+    return int(batch_size)
 
 
 def _pass(pred, targets, metrics, weights, batch_size):

@@ -71,3 +71,15 @@ def test_interleaved_takes_turns():
 def test_unknown_case(tmp_path):
     with pytest.raises(ValueError, match=r"`cases` must be some of ECE, .*got ECE-15. Check the spelling"):
         bench_metrics.main(bench_metrics.Config(cases=("ECE-15",)), tmp_path)
+
+
+def test_decomposition_smoke(tmp_path):
+    study = importlib.import_module("bench_decomposition")
+    config = load_config(study.Config, REPOSITORY / "configs/bench_decomposition/smoke.yaml")
+    entries = study.main(config, tmp_path)
+    cases = {(e["case"], e["peer"]): e for e in entries}
+    floor = cases["decompose, [3, 50, 4]", "exponential alone"]
+    assert floor["phase"] == "floor" and floor["ns_per_logit"] > 0
+    assert ("streamed, [3, 20, 5]", "all draws at once") in cases
+    if ("decompose, [3, 50, 4]", "torch") not in cases:
+        assert "torch" in json.loads((tmp_path / "absent.json").read_text())

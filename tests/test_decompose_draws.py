@@ -113,6 +113,61 @@ def test_other_families(rng):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, whole)
 
 
+@pytest.mark.parametrize("centre", [0.0, 1e3, 1e5])
+def test_normals_far_from_zero(rng, centre):
+    """Means of spread 0.05 about a large number, one at a time."""
+    mean = (centre + 0.05 * rng.normal(size=(100, 20, 1))).astype(np.float32)
+    single = [folded(bc.Gaussian(m[None], np.ones_like(m[None]))) for m in mean]
+    np.testing.assert_allclose(finish(in_order(single)).epistemic, mean.astype(float).var(0), rtol=1e-5)
+
+
+def test_many_draws_do_not_drift(key):
+    def draw(key, inputs):
+        return bc.Categorical((inputs @ jax.random.normal(key, (4, 6)))[None])
+
+    keys, inputs = jax.random.split(key, 2_000), np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    logits = np.asarray(jax.lax.map(lambda k: draw(k, inputs).logits[0], keys))
+    error = abs(
+        np.asarray(decompose_draws(draw, keys, inputs).epistemic, float) / information_in_long_double(logits) - 1
+    )
+    assert np.median(error) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_logits_are_promoted(rng, dtype):
+    logits = jnp.asarray(2 * rng.normal(size=(5, 200, 10)), dtype)
+    truth = information_in_long_double(np.asarray(logits, np.float32))
+    for parts in (
+        bc.decompose(bc.Categorical(logits)),
+        finish(in_order([folded(bc.Categorical(z[None])) for z in logits])),
+    ):
+        assert parts.epistemic.dtype == jnp.float32
+        error = abs(np.asarray(parts.epistemic, float) / truth - 1)
+        assert np.median(error) <= 1e-6 and np.quantile(error, 0.99) <= 1e-5
+
+
+def test_in_float64(rng):
+    logits, inputs = rng.normal(size=(3, 20, 4)) * 3, rng.normal(size=(6, 6))
+    with jax.enable_x64(True):
+        parts = bc.decompose(bc.Categorical(logits))
+        truth = information_in_long_double(logits)
+        np.testing.assert_allclose(parts.epistemic, truth, rtol=1e-12)
+        np.testing.assert_allclose(parts.total, bc.Categorical(logits).entropy(), rtol=1e-12)
+        keys = jax.random.split(jax.random.key(0), 4)
+        narrow = decompose_draws(linear, keys, inputs.astype(np.float32), np.float32(1))  # of float32 all the same
+        assert narrow.total.shape == (6,)
+
+
+def test_merging_under_strict_promotion(rng, strict):
+    logits = rng.normal(size=(4, 6, 5)).astype(np.float32)
+    parts = [accumulate(bc.Categorical(z)) for z in (logits[:1], logits[1:])]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        finish(merge(*parts)),
+        bc.decompose(bc.Categorical(logits)),
+    )
+
+
 def test_the_pool_is_kept(rng):
     logits = 5 * rng.normal(size=(6, 10, 4)).astype(np.float32)
     draws = in_order([folded(bc.Categorical(logits[s : s + 1])) for s in range(6)])
@@ -160,6 +215,28 @@ def test_blocks_and_devices_change_nothing(rng, monkeypatch, weighted):
         for ours, expected in zip(parts[1:], whole, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=1e-7)
             assert ours.shape == (5, 203) and len(ours.devices()) == 1
+
+
+def test_results_are_where_the_predictive_is(rng, monkeypatch):
+    monkeypatch.setattr(rows, "CACHE_NUMBERS", 2**6)
+    logits = rng.normal(size=(3, 200, 4)).astype(np.float32)
+    whole = bc.decompose(bc.Categorical(logits))
+    assert not whole.total.committed
+    first, second = jax.devices()
+    for device in (first, second):
+        found = bc.decompose(bc.Categorical(jax.device_put(logits, device)))
+        assert found.total.committed and found.total.devices() == {device}
+        np.testing.assert_array_equal(found.epistemic, whole.epistemic)
+    mesh = bc.make_mesh(2)
+    spread = jax.device_put(logits, jax.NamedSharding(mesh, jax.P(None, "member")))
+    found = bc.decompose(bc.Categorical(spread))
+    np.testing.assert_allclose(found.epistemic, whole.epistemic, rtol=1e-5)
+    assert found.epistemic.sharding.spec == jax.P("member")
+    constant = bc.Categorical(jnp.asarray(logits))
+    inside = jax.jit(lambda scale: scale * bc.decompose(constant).epistemic)(2.0)
+    np.testing.assert_allclose(inside, 2 * whole.epistemic, rtol=1e-6)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(bc.decompose(constant).epistemic, whole.epistemic, rtol=1e-6)
 
 
 def test_blocks_under_jit_and_grad(rng, monkeypatch):

@@ -120,12 +120,41 @@ def test_nan_is_never_familiar(rng, name):
         assert np.isnan(values[2]) and np.isfinite(np.delete(values, 2)).all()
 
 
+@pytest.mark.parametrize("members", [1, 3, 7, 21])
+def test_sure_rows_are_told_apart(rng, members):
+    """Where p rounds to one in float32, what is left for the others still ranks rows, and to float64's figures."""
+    logits = rng.normal(size=(members, 200, 10)).astype(np.float32)
+    logits[..., 0] += rng.uniform(15, 35, size=200).astype(np.float32)
+    pred = bc.Categorical(logits)
+    shifted = logits.astype(np.longdouble) - logits.max(-1, keepdims=True)
+    probs = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    rest = probs.mean(0)[:, 1:].sum(-1)
+    others = probs.mean(0)[:, 1:]
+    truth = {
+        "max_probability": -np.log1p(-rest),
+        "entropy": -(1 - rest) * np.log1p(-rest) - (others * np.log(others)).sum(-1),
+        "generalised_entropy": ((1 - rest) * rest) ** 0.1 + ((others * (1 - others)) ** 0.1).sum(-1),
+    }
+    for name, values in truth.items():
+        ours = np.asarray(SCORES[name](pred))
+        np.testing.assert_allclose(ours, np.asarray(values, float), rtol=2e-5, err_msg=name)
+        assert (ours > 0).all() and len(np.unique(ours)) > 190
+    assert not np.asarray(output.variation_ratio(pred)).any() and not np.asarray(output.member_disagreement(pred)).any()
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("row", [[np.inf, 0, 0], [-np.inf, -np.inf, -np.inf]])
+def test_what_is_undefined_is_never_familiar(name, row):
+    pred = bc.Categorical(np.array([[row], [[0.0, 1.0, 2.0]]], np.float32))
+    assert np.isnan(SCORES[name](pred)).all() and np.isnan(jax.jit(SCORES[name])(pred)).all()
+
+
 def test_energy_of_mean_is_never_below_the_mean_of_energies(rng):
     pred = bc.Categorical((3 * rng.normal(size=(5, 200, 6))).astype(np.float32))
     assert (np.asarray(output.free_energy_of_mean(pred)) >= np.asarray(output.free_energy(pred)) - 1e-5).all()
 
 
-def test_other_families(rng):
+def test_other_families(rng, unchecked):
     """One logit, probabilities and Dirichlets give what the same distributions as logits give."""
     z = rng.normal(size=(3, 8)).astype(np.float32)
     two = bc.Categorical(np.stack([-z / 2, z / 2], -1))
@@ -134,7 +163,7 @@ def test_other_families(rng):
     for name, score in SCORES.items():
         np.testing.assert_allclose(score(bc.Bernoulli(z)), score(two), rtol=1e-5, atol=1e-6, err_msg=name)
         if name in OF_LEVEL:
-            with pytest.raises((TypeError, AttributeError)):
+            with pytest.raises(TypeError, match=f"`{name}` does not exist for Probabilities"):
                 score(probs)
             continue
         np.testing.assert_allclose(score(probs), score(two), rtol=1e-4, atol=1e-5, err_msg=name)
@@ -161,6 +190,12 @@ def test_generalised_entropy_of_the_largest(rng):
             TypeError,
             "`max_logit` does not exist for",
         ),
+        (
+            lambda p: output.variation_ratio(bc.Gaussian(p.logits, p.logits + 1)),
+            TypeError,
+            "`a vote of members` does not",
+        ),
+        (lambda p: output.margin(bc.Categorical(p.logits[..., :1])), ValueError, "`margin` needs at least two classes"),
         (lambda p: output.generalised_entropy(p, gamma=1.0), ValueError, r"`gamma` must lie in \(0, 1\)"),
         (lambda p: output.generalised_entropy(p, top=0), ValueError, "`top` be at least 1, got 0.1 and 0"),
     ],

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
-from bayescal.decompose.information import ClassPredictive, mutual_information
+from bayescal.decompose.information import ClassPredictive, check_classes, mutual_information
 from bayescal.decompose.rows import row_by_row
 from bayescal.decompose.uncertainty import check_raw
 
@@ -26,16 +27,21 @@ def corrected_mutual_information(pred: ClassPredictive) -> Corrected:
 
     The plug-in I of S members drawn from the posterior is too low, by about a share 1 / S where they nearly agree, as a
     variance that is divided by S. The jackknife takes the term in 1 / S away; what is left is of order 1 / S^2. The value
-    may fall slightly below zero where the truth is zero. The interval is the jackknife's, with Student's t of S - 1
-    degrees: for how often it covers see `docs/decomposition.md`. Higher = more unlike the training data.
+    may fall slightly below zero where the truth is near zero. The interval is that of the jackknife of log I with Student's
+    t of S - 1 degrees: for how often it covers, and for dissent so rare that few members show it, which no interval from
+    the members can know of, see `docs/decomposition.md`. It is NaN where all members agree to the bit. Higher = more unlike
+    the training data.
 
     Args:
-        pred: predictive of at least three members that weigh the same; members of weight 0 are left out.
+        pred: predictive of at least three members that weigh the same; members of weight 0 are left out. Not inside jit
+            where there are weights, which decide how many members there are.
 
     Raises:
         ValueError: for fewer members, unequal weights or a pooled predictive.
+        TypeError: for another family, or weights inside jit.
     Source: Quenouille 1956, Tukey 1958 (jackknife, recalled).
     """
+    check_classes(pred, "corrected mutual information")
     check_raw(pred)
     from scipy.stats import t  # slow to import
 
@@ -52,22 +58,29 @@ def _jackknife(pred, quantile):
         return mutual_information(jax.tree.map(lambda x: x[kept], pred))
 
     parts = jax.lax.map(without, jnp.arange(members))
-    pseudo = whole + (members - 1) * (whole - parts)
-    value, error = pseudo.mean(0), pseudo.std(0, ddof=1) / members**0.5
-    return Corrected(value, value - quantile * error, value + quantile * error)
+    value = whole + (members - 1) * (whole - parts.mean(0))
+    logs = jnp.log(parts)
+    pseudo = jnp.log(whole) + (members - 1) * (jnp.log(whole) - logs)
+    centre, half = pseudo.mean(0), quantile * pseudo.std(0, ddof=1) / members**0.5
+    return Corrected(value, jnp.exp(centre - half), jnp.exp(centre + half))
 
 
 def _equal_members(pred):
     weights = pred.member_weights
     if weights is not None:
+        if isinstance(weights, Tracer):
+            raise TypeError(
+                "`member_weights` must be known here, got a tracer: they decide how many members there are. Call this outside "
+                "of jit, or leave the weights out."
+            )
         given = np.asarray(weights)
         flat = given.reshape(len(given), -1)
-        if np.ptp(flat, axis=1).any() or np.ptp(flat[flat[:, 0] > 0, 0]) > 0:
+        kept = np.flatnonzero(flat[:, 0])
+        if np.ptp(flat, axis=1).any() or len(set(flat[kept, 0].tolist())) > 1:
             raise ValueError(
                 "`pred` must have members that weigh the same for all examples, got `member_weights` from "
                 f"{given.min():g} to {given.max():g}. A jackknife leaves one of equals out."
             )
-        kept = np.flatnonzero(flat[:, 0])
         changes: dict = {pred.per_member: getattr(pred, pred.per_member)[kept], "member_weights": None}
         pred = dataclasses.replace(pred, **changes)
     if pred.num_members < 3:

@@ -1,7 +1,9 @@
 """Draws folded in one at a time or a few: parts of predictives that merge exactly, in any order and grouping."""
 
+import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import Float
 
 from bayescal.decompose.information import (
     IMPOSSIBLE,
+    ClassPredictive,
     divergence_of,
     member_mean,
     only,
@@ -18,10 +21,9 @@ from bayescal.decompose.information import (
     standing_logits,
 )
 from bayescal.decompose.normal import matched_information
-from bayescal.decompose.rows import CACHE_NUMBERS, map_blocks
+from bayescal.decompose.rows import map_blocks, numbers_at_once
 from bayescal.decompose.uncertainty import Uncertainty, check_raw
 from bayescal.predictive import (
-    Bernoulli,
     Categorical,
     Gaussian,
     Predictive,
@@ -62,22 +64,26 @@ class ClassDraws(NamedTuple):
     """What draws of class probabilities leave: two numbers a class, and a few for each example.
 
     weight: of all draws, in total or per example; pool: their mean distribution; entropy: mean of the draws' own;
-    information: mutual information; energy: mean free energy, NaN for probabilities; each (*batch,), nats.
+    information: mutual information; energy: mean free energy, None for probabilities; each (*batch,), nats.
     """
 
     weight: Float[jax.Array, "*#batch"]
     pool: LogPool
     entropy: Float[jax.Array, "*batch"]
     information: Float[jax.Array, "*batch"]
-    energy: Float[jax.Array, "*batch"]
+    energy: Float[jax.Array, "*batch"] | None
 
 
 class NormalDraws(NamedTuple):
-    """What draws of normal distributions leave, each (*batch, dim): the mean of means, and in squared unit their variance
-    `spread`, the mean noise, and the mean of what is known of the means' own variance."""
+    """What draws of normal distributions leave, each (*batch, dim).
+
+    reference + offset: the mean of means, taken apart so that means far from zero lose no digits; in squared unit their
+    variance `spread`, the mean noise, and the mean of what is known of the means' own variance.
+    """
 
     weight: Float[jax.Array, "*#batch"]
-    mean: Float[jax.Array, "*batch dim"]
+    reference: Float[jax.Array, "*batch dim"]
+    offset: Float[jax.Array, "*batch dim"]
     spread: Float[jax.Array, "*batch dim"]
     noise: Float[jax.Array, "*batch dim"]
     known: Float[jax.Array, "*batch dim"]
@@ -98,31 +104,46 @@ def accumulate(pred: Predictive) -> Draws:
         TypeError: for Dirichlets.
     """
     check_raw(pred)
-    total = jnp.asarray(float(pred.num_members)) if pred.member_weights is None else pred.member_weights.sum(0)
-    total = total.reshape(total.shape or (1,) * len(pred.batch_shape))
     if isinstance(pred, Gaussian):
-        weights = pred.weights()[..., None]
-        known = jnp.zeros_like(pred.mean) if pred.mean_variance is None else pred.mean_variance
-        mean = weighted_sum(float32_or_wider(pred.mean), weights)
-        return NormalDraws(
-            total, mean, variance_of_means(pred), weighted_sum(pred.variance, weights), weighted_sum(known, weights)
-        )
-    if isinstance(pred, Bernoulli | Probabilities):
-        no_energy = isinstance(pred, Probabilities)
-        pred = pred.as_categorical()
-    elif isinstance(pred, Categorical):
-        no_energy = False
-    else:
+        return _accumulate_normals(pred)
+    if not isinstance(pred, ClassPredictive):
         refuse(type(pred).__name__, "accumulate", "Dirichlets are taken apart in closed form by `decompose`.")
-    weights = None if pred.member_weights is None else pred.weights()[..., None]
-    found = standing_logits(float32_or_wider(pred.logits), weights)
+    raw = pred if isinstance(pred, Categorical) else pred.as_categorical()
+    weights = None if raw.member_weights is None else raw.weights()[..., None]
+    found = standing_logits(float32_or_wider(raw.logits), weights)
     ratios, most = ratios_against(found.against, found.probs, weights)
     pooled = pool_ratios(ratios, weights)
-    information = divergence_of(ratios, pooled, weights)
     mean = lambda x: member_mean(x, weights)[0, ..., 0]
-    energy = jnp.full_like(information, jnp.nan) if no_energy else mean(found.energy)
-    pool = LogPool(found.reference[0], found.peak[0], found.log_norm[0], (most + pooled.log_ratio)[0])
-    return ClassDraws(total, pool, mean(found.entropy), information, energy)
+    information = divergence_of(ratios, pooled, weights)
+    return ClassDraws(
+        _total_weight(pred, information.dtype),
+        LogPool(found.reference[0], found.peak[0], found.log_norm[0], (most + pooled.log_ratio)[0]),
+        mean(found.entropy),
+        information,
+        None if isinstance(pred, Probabilities) else mean(found.energy),
+    )
+
+
+def _accumulate_normals(pred: Gaussian) -> NormalDraws:
+    weights, means = pred.weights()[..., None], float32_or_wider(pred.mean)
+    lead = jnp.argmax(jnp.broadcast_to(weights, means.shape), axis=0, keepdims=True)
+    reference = jnp.take_along_axis(means, lead, axis=0)
+    known = jnp.zeros_like(means) if pred.mean_variance is None else float32_or_wider(pred.mean_variance)
+    return NormalDraws(
+        _total_weight(pred, means.dtype),
+        reference[0],
+        weighted_sum(means - reference, weights),
+        variance_of_means(pred),
+        weighted_sum(float32_or_wider(pred.variance), weights),
+        weighted_sum(known, weights),
+    )
+
+
+def _total_weight(pred: Predictive, dtype) -> jax.Array:
+    if pred.member_weights is None:
+        return jnp.full((1,) * len(pred.batch_shape), pred.num_members, dtype)
+    total = jnp.asarray(pred.member_weights, dtype).sum(0)
+    return total.reshape(total.shape or (1,) * len(pred.batch_shape))
 
 
 def merge(a: Draws, b: Draws) -> Draws:
@@ -135,12 +156,20 @@ def merge(a: Draws, b: Draws) -> Draws:
         a, b: as `accumulate` or `merge` gives them.
 
     Raises:
-        TypeError: for draws of different kinds.
+        TypeError: for draws of different kinds: classes and normals, logits and probabilities.
+        ValueError: for other shapes: nothing is broadcast.
     """
-    if type(a) is not type(b):
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        kinds = [f"{type(x).__name__}{' without energies' if getattr(x, 'energy', 0) is None else ''}" for x in (a, b)]
         raise TypeError(
-            f"`a` and `b` must be draws of one kind, got {type(a).__name__} and {type(b).__name__}. Merge classes with "
-            "classes and normals with normals."
+            f"`a` and `b` must be draws of one kind, got {' and '.join(kinds)}. Merge normals with normals, logits with "
+            "logits, and probabilities with probabilities."
+        )
+    shapes = [[x.shape for x in jax.tree.leaves(draws[1:])] for draws in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"`a` and `b` must be draws for the same examples, got shapes {shapes[0][0]} and {shapes[1][0]}. Accumulate the "
+            "same rows and classes."
         )
     if isinstance(a, NormalDraws) and isinstance(b, NormalDraws):
         return _merge_normals(a, b)
@@ -150,17 +179,19 @@ def merge(a: Draws, b: Draws) -> Draws:
 
 def _shares(a, b):
     weights = jnp.stack([a.weight, b.weight])
-    return (weights / weights.sum(0))[..., None]
+    return (weights / weights.sum(0, keepdims=True))[..., None]
 
 
 def _merge_normals(a: NormalDraws, b: NormalDraws) -> NormalDraws:
     weights = _shares(a, b)
     mean = lambda x, y: weighted_sum(jnp.stack([x, y]), weights)
-    difference = jnp.where((weights == 0).any(0), 0, b.mean - a.mean)
-    start = jnp.where(weights[0] == 0, b.mean, a.mean)
+    nothing = weights == 0
+    reference = jnp.where(nothing[0], b.reference, a.reference)
+    offset = jnp.where(nothing[0], b.offset, a.offset)
+    difference = jnp.where(nothing.any(0), 0, (b.reference - a.reference) + (b.offset - a.offset))
     spread = mean(a.spread, b.spread) + weights[0] * weights[1] * difference**2
     noise, known = mean(a.noise, b.noise), mean(a.known, b.known)
-    return NormalDraws(a.weight + b.weight, start + weights[1] * difference, spread, noise, known)
+    return NormalDraws(a.weight + b.weight, reference, offset + weights[1] * difference, spread, noise, known)
 
 
 def _merge_classes(a: ClassDraws, b: ClassDraws) -> ClassDraws:
@@ -184,7 +215,7 @@ def _merge_classes(a: ClassDraws, b: ClassDraws) -> ClassDraws:
         base._replace(reference=reference, log_ratio=log_ratio),
         mean(a.entropy, b.entropy),
         mean(a.information, b.information) + divergence_of(ratios, pooled, share),
-        mean(a.energy, b.energy),
+        None if a.energy is None or b.energy is None else mean(a.energy, b.energy),
     )
 
 
@@ -194,21 +225,22 @@ def finish(draws: Draws) -> Uncertainty:
         epistemic = draws.spread + draws.known
         return Uncertainty(draws.noise + epistemic, draws.noise, epistemic, matched_information(draws.noise, epistemic))
     total = draws.entropy + draws.information
-    return Uncertainty(total, draws.entropy, draws.information, jnp.where(jnp.isnan(draws.energy), total, draws.energy))
+    return Uncertainty(total, draws.entropy, draws.information, total if draws.energy is None else draws.energy)
 
 
 def decompose_draws(draw: Callable, draws, inputs, *shared, rows: int | None = None) -> Uncertainty:
     """What `decompose` gives for all draws together, which are never there together: predicted, folded in and forgotten.
 
-    One program goes through the rows in blocks, and for each through the draws, one after another. It compiles once for
-    a `draw`: keep that in a variable.
+    One program goes through the rows in blocks, and for each through the draws, one after another, so a draw that makes its
+    own network makes it once a block: where networks fit in memory pass them as `draws`. It compiles once for a `draw`:
+    keep that in a variable.
 
     Args:
         draw: `(one of draws, inputs of some rows, *shared) -> Predictive` of these rows, any number of members.
         draws: pytree of arrays with a leading axis: keys, or networks (an ensemble's stacked variables).
         inputs: pytree of arrays (rows, ...).
         shared: pytrees that all draws get, such as a network's variables.
-        rows: of a block; None = as many as hold about 2**15 numbers of one draw.
+        rows: of a block; None = as many as hold about 2**15 numbers of one draw on a CPU, 2**27 elsewhere.
 
     Raises:
         ValueError: for no draws, inputs of different lengths, or a number of rows below 1.
@@ -216,18 +248,25 @@ def decompose_draws(draw: Callable, draws, inputs, *shared, rows: int | None = N
     number, length = _leading("draws", draws), _leading("inputs", inputs)
     if rows is None:
         one = jax.eval_shape(draw, *_one_of(draws, inputs), *shared)
-        rows = max(1, CACHE_NUMBERS // max(1, sum(x.size for x in jax.tree.leaves(one))))
-    if not isinstance(rows, int) or rows < 1:
+        rows = max(1, numbers_at_once(jax.default_backend()) // max(1, sum(x.size for x in jax.tree.leaves(one))))
+    if not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1:
         raise ValueError(f"`rows` must be a whole number of at least 1, got {rows!r}. Leave it out for a good one.")
-    return _decompose_draws(draw, min(rows, length), number, draws, inputs, shared)
+    return _decompose_draws(draw, min(int(rows), length), number, draws, inputs, shared)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _decompose_draws(draw, size, number, draws, inputs, shared):
+    several = math.isqrt(number)  # folded into one before they join the rest: fewer roundings one after another
+
     def block(first):
         own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 0), inputs)
         one = lambda i: accumulate(draw(jax.tree.map(lambda x: x[i], draws), own, *shared))
-        return finish(jax.lax.fori_loop(1, number, lambda i, found: merge(found, one(i)), one(0)))
+        folded = lambda start, stop: jax.lax.fori_loop(
+            start + 1, stop, lambda i, found: merge(found, one(i)), one(start)
+        )
+        group = lambda g: folded(g * several, jnp.minimum((g + 1) * several, number))
+        groups = -(-number // several)
+        return finish(jax.lax.fori_loop(1, groups, lambda g, found: merge(found, group(g)), group(0)))
 
     return map_blocks(block, jax.tree.leaves(inputs)[0].shape[0], size)
 

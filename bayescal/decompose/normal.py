@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from bayescal.predictive import Gaussian, float32_or_wider, log_pool, variance_of_means, weighted_sum
+from bayescal.decompose.information import exponential_excess
+from bayescal.predictive import Gaussian, float32_or_wider, refuse, variance_of_means, weighted_sum
 from bayescal.types import Array
 
 
@@ -12,7 +13,11 @@ def variance_parts(pred: Gaussian) -> tuple[jax.Array, jax.Array]:
     """(aleatoric, epistemic) by the law of total variance, squared unit, each (*batch, dim).
 
     Aleatoric is the mean noise variance; epistemic the variance of the members' means plus the mean of `mean_variance`.
+
+    Raises:
+        TypeError: for classes, whose measure is `class_variance_parts`.
     """
+    _check_normal(pred, "variance_parts")
     weights = pred.weights()[..., None]
     epistemic = variance_of_means(pred)
     if pred.mean_variance is not None:
@@ -42,21 +47,32 @@ def information_bounds(pred: Gaussian) -> tuple[Float[jax.Array, "*batch"], Floa
 
     Args:
         pred: mixture of normals; the variance of each member counts `mean_variance`, as far as it is known.
+
+    Raises:
+        TypeError: for another family.
     Source: Kolchinsky and Tracey 2017, Estimating mixture entropy with pairwise distances (recalled).
     """
+    _check_normal(pred, "information_bounds")
     mean, variance = float32_or_wider(pred.mean), pred.member_variance()
     weights = jnp.broadcast_to(pred.weights(), mean.shape[:-1])
     counted = (weights != 0)[..., None]
     mean, variance = jnp.where(counted, mean, 0), jnp.where(counted, variance, 1)
     square = (mean[:, None] - mean[None]) ** 2
-    ratio = jnp.log(variance[:, None]) - jnp.log(variance[None])
-    # log of arithmetic over geometric mean of two variances = log cosh(ratio / 2), without cancellation
-    half = jnp.abs(ratio) / 2
-    spread = jnp.where(half < 1, jnp.log1p(2 * jnp.sinh(jnp.minimum(half, 1) / 2) ** 2), _log_cosh(half))
-    near = 0.25 * square / (variance[:, None] + variance[None]) + 0.5 * spread
-    far = 0.5 * (square / variance[None] + jnp.expm1(ratio) - ratio)
-    pooled = lambda distance: weighted_sum(-jax.vmap(log_pool, (0, None))(-distance.sum(-1), weights), weights)
-    return jnp.maximum(pooled(near), 0), jnp.maximum(pooled(far), 0)
+    one, other = variance[:, None], variance[None]
+    change = (one - other) / other
+    close = jnp.abs(change) < 0.5
+    ratio = jnp.where(close, jnp.log1p(jnp.where(close, change, 0)), jnp.log(one) - jnp.log(other))
+    half = jnp.abs(ratio) / 2  # log of arithmetic over geometric mean of two variances = log cosh(ratio / 2)
+    small = jnp.log1p(2 * jnp.sinh(jnp.minimum(half, 1) / 2) ** 2)
+    spread = jnp.where(half < 1, small, half + jnp.log1p(jnp.exp(-2 * half)) - jnp.log(jnp.full_like(half, 2)))
+    near = 0.25 * square / (one + other) + 0.5 * spread
+    far = 0.5 * (square / other + exponential_excess(ratio))
+
+    def pooled(distance):  # -log of a mean of exponentials that may all be near one
+        within = jax.vmap(lambda d: weighted_sum(jnp.expm1(-d), weights))(distance.sum(-1))
+        return weighted_sum(-jnp.log1p(jnp.minimum(within, 0)), weights)
+
+    return pooled(near), pooled(far)
 
 
 def entropy_bound_parts(pred: Gaussian) -> tuple[jax.Array, jax.Array]:
@@ -64,8 +80,12 @@ def entropy_bound_parts(pred: Gaussian) -> tuple[jax.Array, jax.Array]:
 
     total is an upper bound of the mixture's differential entropy; like the aleatoric part it may be negative.
     """
-    return weighted_sum(pred.member_entropy(), pred.weights()), information_bounds(pred)[1]
+    upper = information_bounds(pred)[1]
+    return weighted_sum(pred.member_entropy(), pred.weights()), upper
 
 
-def _log_cosh(x):
-    return x + jnp.log1p(jnp.exp(-2 * x)) - jnp.log(2.0).astype(x.dtype)
+def _check_normal(pred, what: str) -> None:
+    if not isinstance(pred, Gaussian):
+        refuse(
+            type(pred).__name__, what, "It is of normals; of classes see `class_variance_parts` and `entropy_parts`."
+        )

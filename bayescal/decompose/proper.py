@@ -4,9 +4,21 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bayescal.decompose.information import ClassPredictive
-from bayescal.predictive import Bernoulli, weighted_sum
+from bayescal.decompose.information import ClassPredictive, check_classes
+from bayescal.predictive import (
+    Bernoulli,
+    Probabilities,
+    exact_top,
+    float32_or_wider,
+    weighted_sum,
+    weighted_variance,
+)
+
+CLOSE = (
+    0.05  # largest difference of probabilities below which a divergence is integrated, since a difference would cancel
+)
 
 
 def class_variance_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
@@ -19,11 +31,8 @@ def class_variance_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
         pred: predictive of classes. Members of weight 0 are ignored.
     Source: Sale et al. 2024, label-wise uncertainty (recalled); Kull and Flach 2015 for proper scores (recalled).
     """
-    probs, weights = _member_probs(pred)
-    rest = 1 - probs
-    centre = weighted_sum(probs - probs[:1], weights) + probs[0]  # equal members: no rounding
-    spread = weighted_sum((probs - centre[None]) ** 2, weights).sum(-1)
-    return weighted_sum(probs * rest, weights).sum(-1), spread
+    probs, rest, weights = _member_probs(pred)
+    return weighted_sum((probs * rest).sum(-1), weights[..., 0]), weighted_variance(probs, weights).sum(-1)
 
 
 def zero_one_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
@@ -35,38 +44,45 @@ def zero_one_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
     Args:
         pred: predictive of classes. Members of weight 0 are ignored.
     """
-    probs, weights = _member_probs(pred)
+    probs, rest, weights = _member_probs(pred)
     label = weighted_sum(probs, weights).argmax(-1)[None, ..., None]
     followed = jnp.take_along_axis(probs, jnp.broadcast_to(label, (*probs.shape[:-1], 1)), -1)[..., 0]
-    most = probs.max(-1)
-    lost = weighted_sum(most - followed, weights[..., 0])
-    return 1 - weighted_sum(most, weights[..., 0]), lost
+    lost = weighted_sum(probs.max(-1) - followed, weights[..., 0])
+    return weighted_sum(rest.min(-1), weights[..., 0]), lost
 
 
 def proper_score_parts(entropy: Callable[[jax.Array], jax.Array]) -> Callable:
     """Measure of the proper score whose entropy is given: (mean_s G(p_s), mean_s D(p_s, p_mean)), each (*batch,).
 
-    D(p, q) = G(q) + <grad G(q), p - q> - G(p) >= 0 is G's Bregman divergence. Its mean is G(p_mean) - mean_s G(p_s), and
-    never below zero. For the log score `entropy_parts` is more accurate, for the Brier score `class_variance_parts`, and
-    for the zero-one loss, whose G has corners, `zero_one_parts`.
+    D(p, q) = G(q) + <grad G(q), p - q> - G(p) >= 0 is G's Bregman divergence. Its mean is G(p_mean) - mean_s G(p_s). Where
+    members are close it is the integral of -(1 - t) d^2/dt^2 G(q + t (p - q)), which does not cancel. For the log score
+    `entropy_parts` is made, for the Brier score `class_variance_parts`, and for the zero-one loss, whose G has corners,
+    `zero_one_parts`.
 
     Args:
-        entropy: G, concave and smooth: probabilities (classes,) -> number; expected loss of whoever knows them.
+        entropy: G, concave, with finite first and second derivatives wherever the members are: probabilities (classes,) ->
+            number, the expected loss of whoever knows them. NaN where a derivative is not finite.
 
     Returns:
         Measure for `decompose`. Keep it in a variable: every call of this makes another one, which compiles again.
     """
+    nodes, shares = np.polynomial.legendre.leggauss(6)
 
     def divergence(p, q):
-        at, slope = jax.jvp(entropy, (q,), (p - q,))
-        return jnp.maximum(at + slope - entropy(p), 0)
+        step = p - q
+        at, slope = jax.jvp(entropy, (q,), (step,))
+
+        def bend(t):  # second derivative along the way from q to p
+            first = lambda t: jax.jvp(entropy, (q + t * step,), (step,))[1]
+            return jax.jvp(first, (t,), (jnp.ones_like(t),))[1]
+
+        near = sum(-w / 2 * (1 - (x + 1) / 2) * bend(jnp.asarray((x + 1) / 2, q.dtype)) for x, w in zip(nodes, shares))
+        return jnp.where(abs(step).max() < CLOSE, near, at + slope - entropy(p))
 
     def parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
-        probs, weights = _member_probs(pred)
+        probs, _, weights = _member_probs(pred)
         mean, over = weighted_sum(probs, weights), probs.shape[:-1]
-        classes = probs.shape[-1]
-        flat = probs.reshape(-1, classes)
-        pools = jnp.broadcast_to(mean, probs.shape).reshape(-1, classes)
+        flat, pools = (x.reshape(-1, probs.shape[-1]) for x in (probs, jnp.broadcast_to(mean, probs.shape)))
         own, apart = jax.vmap(entropy)(flat).reshape(over), jax.vmap(divergence)(flat, pools).reshape(over)
         return weighted_sum(own, weights[..., 0]), weighted_sum(apart, weights[..., 0])
 
@@ -74,6 +90,12 @@ def proper_score_parts(entropy: Callable[[jax.Array], jax.Array]) -> Callable:
 
 
 def _member_probs(pred: ClassPredictive):
-    """Probabilities (member, *batch, classes) and weights (member, *batch or ones, 1)."""
+    """p and 1 - p (member, *batch, classes), each to its own digits, and weights (member, *batch or ones, 1)."""
+    check_classes(pred, "this measure")
+    weights = pred.weights()[..., None]
+    if isinstance(pred, Probabilities):
+        probs = float32_or_wider(pred.probs)
+        return probs, 1 - probs, weights
     pred = pred.as_categorical() if isinstance(pred, Bernoulli) else pred
-    return jnp.exp(pred.member_log_probs()), pred.weights()[..., None]
+    log_probs, log_rest = exact_top(pred.member_log_probs())
+    return jnp.exp(log_probs), jnp.exp(log_rest), weights

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 
 from bayescal.predictive import Predictive
-from bayescal.sharding import fetch, make_mesh, on, place
+from bayescal.sharding import fetch, make_mesh, on, place, uncommitted
 
 CACHE_NUMBERS = 2**15  # numbers of a predictive in a block on a CPU, whose second-level cache holds what comes of them
 MEMORY_NUMBERS = 2**27  # on an accelerator: half a gigabyte in float32, and every core busy
@@ -21,7 +21,8 @@ FEWEST_BLOCKS = 8  # for each device, below which it is not worth to spread them
 def row_by_row(function: Callable, pred: Predictive, *settings):
     """`function(pred, *settings)` as one compiled program, in blocks of rows where the predictive is large.
 
-    On a CPU with several devices each takes its share of the rows, which it reads where they are: nothing is copied.
+    On a CPU with several devices each takes its share of the rows, which it reads where they are. Where rows lie on several
+    devices already, each computes those that it has, without blocks.
 
     Args:
         function: `(predictive, *settings) -> pytree of arrays that begin with its batch shape`, row by row.
@@ -29,20 +30,29 @@ def row_by_row(function: Callable, pred: Predictive, *settings):
         settings: hashable; part of the program.
 
     Returns:
-        What `function` would, to rounding, on one device.
+        What `function` would, to rounding, where the predictive is.
     """
     leaves = jax.tree.leaves(pred)
     if any(isinstance(x, Tracer) for x in leaves):
-        return in_blocks(function, pred, *settings, numbers=_numbers(jax.default_backend()))
+        return in_blocks(function, pred, *settings, numbers=numbers_at_once(jax.default_backend()))
     devices = {d for x in leaves if isinstance(x, jax.Array) for d in x.devices()}
-    platform = {d.platform for d in devices} or {jax.default_backend()}
-    numbers = _numbers(min(platform))
-    shares = len(jax.local_devices(backend="cpu")) if platform == {"cpu"} and len(devices) < 2 else 1
+    if len(devices) > 1:
+        return _here(function, settings, None, pred)
+    platform = next((d.platform for d in devices), jax.default_backend())
+    numbers, cores = numbers_at_once(platform), jax.local_devices(backend="cpu")
     blocks = math.prod(pred.batch_shape) // rows_at_once(pred, numbers)
-    if shares == 1 or jax.process_count() > 1 or blocks < FEWEST_BLOCKS * shares:
+    alone = platform != "cpu" or jax.process_count() > 1 or blocks < FEWEST_BLOCKS * len(cores) or len(cores) == 1
+    traced = isinstance(jnp.zeros(()), Tracer)  # inside jit all operations are, though the predictive is a constant
+    if alone or traced or not jax.sharding.get_abstract_mesh().empty:
         return _here(function, settings, numbers, pred)
-    mesh = make_mesh(shares, devices=jax.local_devices(backend="cpu"))
-    everywhere = place(jax.tree.map(np.asarray, pred), mesh)  # of numpy arrays jax takes the memory itself
+    found = _on_all(function, settings, numbers, make_mesh(len(cores), devices=cores), pred)
+    committed = [x for x in leaves if isinstance(x, jax.Array) and x.committed]
+    return jax.device_put(found, committed[0].sharding.device_set.pop()) if committed else uncommitted(found)
+
+
+def _on_all(function, settings, numbers, mesh: Mesh, pred):
+    # The memory of a jax array on a CPU is aligned, and every device takes it as it is; numpy's own would be copied for each.
+    everywhere = place(jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), pred), mesh)
     with on(mesh):
         found = _spread(function, settings, numbers, mesh, everywhere)
     return fetch(jax.block_until_ready(found))
@@ -67,7 +77,7 @@ def in_blocks(function: Callable, pred: Predictive, *settings, numbers: int):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _here(function, settings, numbers, pred):
-    return in_blocks(function, pred, *settings, numbers=numbers)
+    return function(pred, *settings) if numbers is None else in_blocks(function, pred, *settings, numbers=numbers)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -88,7 +98,8 @@ def _spread(function, settings, numbers, mesh: Mesh, pred):
     return jax.tree.map(lambda x: x.reshape(*pred.batch_shape, *x.shape[1:]), joined)
 
 
-def _numbers(platform: str) -> int:
+def numbers_at_once(platform: str) -> int:
+    """How many numbers of a predictive go into one block."""
     return CACHE_NUMBERS if platform == "cpu" else MEMORY_NUMBERS
 
 

@@ -10,7 +10,7 @@ from bayescal.decompose.dirichlet import dirichlet_parts, vacuity
 from bayescal.decompose.information import entropy_parts
 from bayescal.decompose.normal import moment_matched_information, variance_parts
 from bayescal.decompose.rows import row_by_row
-from bayescal.predictive import Bernoulli, Categorical, Dirichlet, Gaussian, Predictive, Probabilities
+from bayescal.predictive import Bernoulli, Categorical, Dirichlet, Gaussian, Predictive, Probabilities, refuse
 from bayescal.types import Array
 
 
@@ -28,7 +28,15 @@ class Uncertainty(NamedTuple):
 
 
 def free_energy(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
-    """Mean over members of -logsumexp(logits), nats; higher = more unlike the training data. See the family's method."""
+    """Mean over members of -logsumexp(logits), nats; higher = more unlike the training data. See the family's method.
+
+    Raises:
+        ValueError: for normalised logits, whose level is gone. TypeError: for a family without logits.
+    """
+    if not hasattr(pred, "free_energy"):
+        refuse(
+            type(pred).__name__, "free_energy", "It needs logits; see `scores.max_probability` and `scores.entropy`."
+        )
     return pred.free_energy()
 
 
@@ -58,7 +66,8 @@ def decompose(
             entropy with the Dirichlet's own share for Dirichlets. Others: `pairwise_parts`, `class_variance_parts`
             (Brier), `zero_one_parts`, `proper_score_parts(entropy)`, `entropy_bound_parts` (normals).
         ood: `pred -> (*batch,)`, row by row, higher = more unlike the training data; default free energy for logits, the
-            pool's entropy for probabilities, `moment_matched_information` for normals, vacuity for Dirichlets.
+            pool's entropy for probabilities, `moment_matched_information` for normals, vacuity for Dirichlets. A function
+            that is made anew for every call, such as a `partial` or a lambda in the call, compiles anew for every call.
 
     Raises:
         TypeError: for a family without defaults, when `measure` or `ood` is left out.

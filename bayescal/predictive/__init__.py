@@ -4,12 +4,20 @@ Pooling happens in one function, `log_pool`, in log space; axes join in one func
 """
 
 from bayescal.predictive.axes import Predictive, concatenate, merge_members, stack_experiments, swap_batch_axes, take
-from bayescal.predictive.categorical import Bernoulli, Categorical, pool
+from bayescal.predictive.categorical import Bernoulli, Categorical, exact_top, pool
 from bayescal.predictive.checks import all_good, check_predictive, check_rows, check_targets_and_weights
 from bayescal.predictive.dirichlet import Dirichlet
 from bayescal.predictive.gaussian import Gaussian, rescale, variance_of_means
 from bayescal.predictive.likelihoods import heteroscedastic, homoscedastic, one_logit
-from bayescal.predictive.mixture import float32_or_wider, log_pool, normalised_weights, refuse, weighted_sum
+from bayescal.predictive.mixture import (
+    float32_or_wider,
+    log_pool,
+    normalised_weights,
+    refuse,
+    undefined_where,
+    weighted_sum,
+    weighted_variance,
+)
 from bayescal.predictive.probabilities import Probabilities
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "check_rows",
     "check_targets_and_weights",
     "concatenate",
+    "exact_top",
     "float32_or_wider",
     "heteroscedastic",
     "homoscedastic",
@@ -37,6 +46,8 @@ __all__ = [
     "stack_experiments",
     "swap_batch_axes",
     "take",
+    "undefined_where",
     "variance_of_means",
     "weighted_sum",
+    "weighted_variance",
 ]

@@ -14,6 +14,7 @@ from bayescal.predictive.mixture import (
     host_targets,
     log_pool,
     refuse,
+    undefined_where,
     weighted_sum,
 )
 from bayescal.types import Array, Key, pytree
@@ -91,7 +92,7 @@ class Categorical(Mixture):
                 "`free_energy` needs a network's raw logits, got normalised ones (a pooled or calibrated predictive). "
                 "Take the score, or decompose, before pooling and calibrating."
             )
-        return weighted_sum(-jax.nn.logsumexp(float32_or_wider(self.logits), axis=-1), self.weights())
+        return weighted_sum(_energy(float32_or_wider(self.logits)), self.weights())
 
     def sample(self, key: Key) -> Int[jax.Array, "*batch"]:
         """One class per example, drawn from the pool."""
@@ -200,7 +201,30 @@ def _take_class(log_probs, targets):
     return jnp.take_along_axis(log_probs, jnp.asarray(targets)[..., None], axis=-1)[..., 0]
 
 
+def _energy(logits):
+    """NaN where a logit is +infinity, or all are -infinity: neither says that a row is familiar."""
+    return undefined_where(~jnp.isfinite(logits.max(-1)), -jax.nn.logsumexp(logits, axis=-1))
+
+
+def exact_top(log_probs: Float[Array, "*shape classes"]) -> tuple[jax.Array, jax.Array]:
+    """(log p, log(1 - p)) of every class, nats, with those of the most probable one from the sum of the others.
+
+    Where p rounds to one, its logarithm and 1 - p are still right to their own digits: log p = -log(1 + others / p).
+
+    Args:
+        log_probs: of distributions that sum to one but for rounding.
+    """
+    top = jax.nn.one_hot(jnp.argmax(log_probs, axis=-1), log_probs.shape[-1], dtype=bool)
+    most = log_probs.max(-1, keepdims=True)
+    others = jax.nn.logsumexp(jnp.where(top, -jnp.inf, log_probs), axis=-1, keepdims=True)
+    above = jnp.where(most == -jnp.inf, 0, most) - others
+    small = jnp.where(top, -jnp.inf, jnp.minimum(log_probs, 0))
+    rest = jnp.where(top, -jax.nn.softplus(above), jnp.log1p(-jnp.exp(small)))
+    return jnp.where(top, -jax.nn.softplus(-above), log_probs), rest
+
+
 def _entropy(log_probs):
+    log_probs, _ = exact_top(log_probs)
     possible = log_probs != -jnp.inf  # true for NaN, which must come through
     return -jnp.where(possible, jnp.exp(log_probs) * jnp.where(possible, log_probs, 0), 0).sum(-1)
 

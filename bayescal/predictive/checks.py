@@ -76,7 +76,10 @@ def check_predictive(pred: Predictive, first: int = 0) -> None:
         return
     place = f"in {int(wrong.sum())} of {wrong.size} examples, first at {first + int(wrong.ravel().argmax())}"
     if isinstance(pred, Gaussian):
-        raise ValueError(f"`variance` must be positive, got zero or less {place}. Pass variances, not log-variances.")
+        raise ValueError(
+            f"`variance` must be positive and `mean_variance` not negative, got others {place}. Pass variances, not "
+            "log-variances."
+        )
     if isinstance(pred, Dirichlet):
         raise ValueError(
             f"`concentration` must be positive, got zero or less {place}. Add one to evidence; take exp of logits."

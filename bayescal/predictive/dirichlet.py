@@ -71,11 +71,11 @@ class Dirichlet(Mixture):
 
     def entropy(self) -> Float[jax.Array, "*batch"]:
         """Entropy of the pool, nats in [0, log classes]; higher = less sure."""
-        return jax.scipy.special.entr(self.pooled_mean()).sum(-1)
+        return self.as_categorical().entropy()
 
     def member_entropy(self) -> Float[jax.Array, "member *batch"]:
         """Entropy of each member's mean, nats in [0, log classes]; higher = less sure."""
-        return jax.scipy.special.entr(jnp.exp(self.member_log_probs())).sum(-1)
+        return self.as_categorical().member_entropy()
 
     def sample(self, key: Key) -> Int[jax.Array, "*batch"]:
         """One class per example, drawn from the pool."""

@@ -17,6 +17,7 @@ from bayescal.predictive.mixture import (
     log_pool,
     refuse,
     weighted_sum,
+    weighted_variance,
 )
 from bayescal.types import Array, Key, pytree
 
@@ -118,16 +119,8 @@ class Gaussian(Mixture):
 
 
 def variance_of_means(pred: Gaussian) -> Float[jax.Array, "*batch dim"]:
-    """Variance over members of their means, sum_s w_s (m_s - m)^2, in squared unit; exactly zero when all agree.
-
-    Two passes over differences to the member of the largest weight: never E[x^2] - E[x]^2, which cancels.
-    """
-    mean = float32_or_wider(pred.mean)
-    weights = jnp.broadcast_to(pred.weights(), mean.shape[:-1])[..., None]
-    reference = jnp.take_along_axis(mean, jnp.argmax(weights, axis=0, keepdims=True), axis=0)
-    difference = jnp.where(weights == 0, 0, mean - reference)
-    centre = weighted_sum(difference, weights)
-    return weighted_sum((difference - centre[None]) ** 2, weights)
+    """Variance over members of their means, sum_s w_s (m_s - m)^2, in squared unit; exactly zero when all agree."""
+    return weighted_variance(float32_or_wider(pred.mean), pred.weights()[..., None])
 
 
 def rescale(pred: Gaussian, shift: Num[Array, "*dim"] | float, scale: Num[Array, "*dim"] | float) -> Gaussian:

@@ -15,8 +15,18 @@ def float32_or_wider(x: Array) -> jax.Array:
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
+def undefined_where(lost, values: jax.Array) -> jax.Array:
+    """`values`, and NaN where `lost`: for NaN that further arithmetic has to carry.
+
+    Not `jnp.where(lost, nan, values)`: under jit on CPU XLA folds the exponential of that constant to a number (seen in jax
+    0.10.2 and 0.12.0), and what is undefined comes out as another row's value.
+    """
+    infinity = jnp.where(lost, jnp.asarray(jnp.inf, values.dtype), jnp.asarray(0, values.dtype))
+    return values + (infinity - infinity)
+
+
 def normalised_weights(
-    weights: Float[Array, "member *#batch"] | None, members: int, batch_ndim: int
+    weights: Float[Array, "member *#batch"] | None, members: int, batch_ndim: int, dtype=jnp.float32
 ) -> Float[jax.Array, "member *#batch"]:
     """Member weights that sum to one over the member axis: w_s / sum w, or 1 / members where none are given.
 
@@ -24,12 +34,13 @@ def normalised_weights(
         weights: non-negative, (member,) or (member, *batch) with ones where they do not vary; None = equal.
         members: size of the member axis.
         batch_ndim: number of batch axes that the result must broadcast to.
+        dtype: of equal weights, at least float32: that of what they weigh.
 
     Returns:
         Float array (member, *ones or batch). NaN where every weight is zero.
     """
     if weights is None:
-        return jnp.full((members,) + (1,) * batch_ndim, 1.0 / members, jnp.float32)
+        return jnp.full((members,) + (1,) * batch_ndim, 1.0 / members, jnp.promote_types(dtype, jnp.float32))
     weights = float32_or_wider(weights)
     if weights.ndim == 1:
         weights = weights.reshape((members,) + (1,) * batch_ndim)
@@ -41,6 +52,24 @@ def weighted_sum(
 ) -> Float[jax.Array, "*shape"]:
     """Sum over members of w_s x_s, in which a member of weight zero counts for nothing even where x_s is NaN."""
     return jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, values)).sum(0)
+
+
+def weighted_variance(
+    values: Float[Array, "member *shape"], weights: Float[Array, "member *#shape"]
+) -> Float[jax.Array, "*shape"]:
+    """Variance over members, sum_s w_s (x_s - mean)^2, in squared unit; exactly zero when all that count agree.
+
+    Two passes over differences to the member of the largest weight: never E[x^2] - E[x]^2, which cancels.
+
+    Args:
+        values: of each member; anything where the weight is zero.
+        weights: non-negative, summing to one over members.
+    """
+    lead = jnp.argmax(jnp.broadcast_to(weights, values.shape), axis=0, keepdims=True)
+    reference = jnp.take_along_axis(values, lead, axis=0)
+    difference = jnp.where(weights == 0, 0, values - reference)
+    centre = weighted_sum(difference, weights)
+    return weighted_sum((difference - centre[None]) ** 2, weights)
 
 
 def log_pool(
@@ -101,7 +130,8 @@ class Mixture:
 
     def weights(self) -> Float[jax.Array, "member *#batch"]:
         """Member weights that sum to one, with as many batch axes as the predictive."""
-        return normalised_weights(self.member_weights, self.num_members, len(self.batch_shape))
+        dtype = jnp.result_type(getattr(self, self.per_member))
+        return normalised_weights(self.member_weights, self.num_members, len(self.batch_shape), dtype)
 
     def check_shapes(self, layout: str) -> None:
         """Raises for a missing member axis or weights that do not fit; `layout` is the family's, in words."""

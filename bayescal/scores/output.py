@@ -9,7 +9,18 @@ from jaxtyping import Float
 
 from bayescal.decompose import free_energy, mutual_information
 from bayescal.decompose.information import ClassPredictive
-from bayescal.predictive import Bernoulli, Categorical, Dirichlet, Probabilities, float32_or_wider, refuse, weighted_sum
+from bayescal.predictive import (
+    Bernoulli,
+    Categorical,
+    Dirichlet,
+    Gaussian,
+    Probabilities,
+    exact_top,
+    float32_or_wider,
+    refuse,
+    undefined_where,
+    weighted_sum,
+)
 
 __all__ = [
     "dempster_shafer",
@@ -30,20 +41,27 @@ __all__ = [
 def max_probability(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
     """Minus the largest pooled log-probability, -max_k log p_k, nats, >= 0; higher = more unlike the training data.
 
-    Ranks as 1 - max p does, and still tells apart predictions whose probability rounds to one.
+    Ranks as 1 - max p does, and still tells apart predictions whose probability rounds to one, by what is left for the
+    other classes.
 
     Source: Hendrycks and Gimpel 2017 (maximum softmax probability).
     """
-    return -pred.log_probs().max(-1)
+    return -exact_top(pred.log_probs())[0].max(-1)
 
 
 def margin(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
     """log p_second - log p_first of the pool, nats, at most 0; higher = more unlike the training data.
 
     -inf for one-hot pools.
+
+    Raises:
+        ValueError: for a single class.
     """
-    first, second = jnp.moveaxis(jax.lax.top_k(_with_nan(pred.log_probs()), 2)[0], -1, 0)
-    return second - first
+    log_probs = pred.log_probs()
+    if log_probs.shape[-1] < 2:
+        raise ValueError(f"`margin` needs at least two classes, got {log_probs.shape[-1]}. Give both columns.")
+    first, second = jnp.moveaxis(jax.lax.top_k(log_probs, 2)[0], -1, 0)
+    return undefined_where(jnp.isnan(log_probs).any(-1), second - first)  # a sort puts NaN aside
 
 
 def entropy(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
@@ -71,9 +89,10 @@ def generalised_entropy(
         raise ValueError(
             f"`gamma` must lie in (0, 1) and `top` be at least 1, got {gamma!r} and {top!r}. The paper has 0.1 and 100."
         )
-    log_probs = _with_nan(pred.log_probs())
-    largest = jax.lax.top_k(log_probs, min(top, log_probs.shape[-1]))[0]
-    return jnp.exp(gamma * (largest + jnp.log(-jnp.expm1(largest)))).sum(-1)
+    log_probs, log_rest = exact_top(pred.log_probs())
+    order = jax.lax.top_k(log_probs, min(top, log_probs.shape[-1]))[1]
+    largest = jnp.take_along_axis(log_probs + log_rest, order, -1, mode="clip")
+    return undefined_where(jnp.isnan(log_probs).any(-1), jnp.exp(gamma * largest).sum(-1))
 
 
 def kl_from_uniform(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "*batch"]:
@@ -95,7 +114,7 @@ def max_logit(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
     Source: Hendrycks et al. 2022, Scaling out-of-distribution detection (recalled).
     """
     pred = _raw(pred, "max_logit")
-    return weighted_sum(-float32_or_wider(pred.logits).max(-1), pred.weights())
+    return weighted_sum(-_defined(float32_or_wider(pred.logits)).max(-1), pred.weights())
 
 
 def free_energy_of_mean(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
@@ -108,7 +127,8 @@ def free_energy_of_mean(pred: Categorical | Bernoulli) -> Float[jax.Array, "*bat
         ValueError: for normalised logits, whose level is gone. TypeError: for probabilities, which have none.
     """
     pred = _raw(pred, "free_energy_of_mean")
-    return -jax.nn.logsumexp(weighted_sum(float32_or_wider(pred.logits), pred.weights()[..., None]), axis=-1)
+    mean = weighted_sum(_defined(float32_or_wider(pred.logits)), pred.weights()[..., None])
+    return -jax.nn.logsumexp(mean, axis=-1)
 
 
 def dempster_shafer(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]:
@@ -121,7 +141,7 @@ def dempster_shafer(pred: Categorical | Bernoulli) -> Float[jax.Array, "*batch"]
     Source: Sensoy et al. 2018; Liu et al. 2020 (SNGP) use it as a score (recalled).
     """
     pred = _raw(pred, "dempster_shafer")
-    evidence = jax.nn.logsumexp(float32_or_wider(pred.logits), axis=-1)
+    evidence = jax.nn.logsumexp(_defined(float32_or_wider(pred.logits)), axis=-1)
     return weighted_sum(jax.nn.sigmoid(jnp.log(float(pred.num_classes)) - evidence), pred.weights())
 
 
@@ -143,16 +163,20 @@ def member_disagreement(pred: ClassPredictive | Dirichlet) -> Float[jax.Array, "
 
 def _votes(pred):
     """Share of the members' weight that votes for each class, (*batch, classes); NaN where a member that counts is NaN."""
+    if isinstance(pred, Gaussian):
+        refuse("Gaussian", "a vote of members", "It is of classes; see `moment_matched_information`.")
     pred = pred.as_categorical() if isinstance(pred, Bernoulli | Dirichlet) else pred
     values = float32_or_wider(pred.probs if isinstance(pred, Probabilities) else pred.logits)
     votes = jax.nn.one_hot(values.argmax(-1), values.shape[-1], dtype=values.dtype)
-    undefined = jnp.isnan(values).any(-1, keepdims=True)
-    return weighted_sum(jnp.where(undefined, jnp.nan, votes), pred.weights()[..., None])
+    shares = weighted_sum(votes + 0 * _defined(values).max(-1, keepdims=True), pred.weights()[..., None])
+    return shares / shares.sum(-1, keepdims=True)  # weights sum to one but for rounding
 
 
-def _with_nan(log_probs):
-    """Rows with a NaN are NaN throughout: a sort would put it aside."""
-    return jnp.where(jnp.isnan(log_probs).any(-1, keepdims=True), jnp.nan, log_probs)
+def _defined(logits):
+    """NaN throughout where a logit is NaN or +infinity, or all are -infinity: neither says that a row is familiar."""
+    return undefined_where(
+        ~jnp.isfinite(logits.max(-1, keepdims=True)), jnp.where(jnp.isfinite(logits), logits, -jnp.inf)
+    )
 
 
 def _raw(pred, name: str) -> Categorical:
