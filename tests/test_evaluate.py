@@ -50,7 +50,7 @@ def broken(value, **settings):
                 np.zeros((2, 1), np.float32),
                 NLL,
             ),
-            "`variance` must be positive, got zero or less in 2 of 2 examples",
+            "`variance` must be positive and `mean_variance` not negative, got others in 2 of 2 examples",
         ),
         (
             lambda: bc.evaluate(broken(0, member_weights=np.array([1, -1], np.float32)), np.zeros(6, int), NLL),
