@@ -203,3 +203,26 @@ def test_generalised_entropy_of_the_largest(rng):
 def test_bad_input(unchecked, call, error, message):
     with pytest.raises(error, match=message):
         call(bc.Categorical(jnp.zeros((2, 3, 4))))
+
+
+@pytest.fixture(scope="module")
+def moons():
+    """An ensemble trained on two moons: its predictions on new points of both, and on points in the gap between them."""
+    import optax
+    from sklearn.datasets import make_moons
+
+    inputs, labels = make_moons(400, noise=0.1, random_state=0)
+    train = bc.Dataset(inputs.astype(np.float32), labels.astype(np.int32))
+    method = bc.ensemble(bc.map_estimate(bc.models.mlp(2, (32, 32), 2), bc.Categorical, optax.adam(1e-2)), 5)
+    state = bc.fit(method, train, jax.random.key(0), epochs=30, batch_size=50, progress=False).state
+    inside, _ = make_moons(200, noise=0.1, random_state=1)
+    gap = np.random.default_rng(0).normal([0.5, 0.25], 0.08, size=(200, 2))
+    pred = bc.predict(method, state, np.concatenate([inside, gap]).astype(np.float32), None)
+    return jax.tree.map(np.asarray, pred), np.arange(400) >= 200
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_finds_the_gap_between_two_moons(moons, name):
+    pred, outside = moons
+    found = float(bc.auroc(np.asarray(SCORES[name](pred)), outside))
+    assert found > (0.6 if name in ("variation_ratio", "member_disagreement") else 0.9), found  # the votes of five tie
