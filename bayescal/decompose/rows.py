@@ -45,7 +45,8 @@ def row_by_row(function: Callable, pred: Predictive, *settings):
     traced = isinstance(jnp.zeros(()), Tracer)  # inside jit all operations are, though the predictive is a constant
     if alone or traced or not jax.sharding.get_abstract_mesh().empty:
         return _here(function, settings, numbers, pred)
-    found = _on_all(function, settings, numbers, make_mesh(len(cores), devices=cores), pred)
+    # Twice as many: one device's threads share a block, and here each device has one.
+    found = _on_all(function, settings, 2 * numbers, make_mesh(len(cores), devices=cores), pred)
     committed = [x for x in leaves if isinstance(x, jax.Array) and x.committed]
     return jax.device_put(found, committed[0].sharding.device_set.pop()) if committed else uncommitted(found)
 
