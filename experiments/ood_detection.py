@@ -146,7 +146,7 @@ def feature_fits(config: Config, labels: np.ndarray) -> dict[str, Callable]:
         "mahalanobis": lambda f, head: scores.fit_mahalanobis(f, **shared),
         "relative_mahalanobis": lambda f, head: scores.fit_relative_mahalanobis(f, **shared),
         "gaussian_density": lambda f, head: density(f, labels),
-        "density_ratio": lambda f, head: scores.density_ratio(density(f, labels), density(f, everything)),
+        "density_ratio": lambda f, head: scores.density_ratio(density(f, labels), density(f, everything), weight=0.03),
         "neighbours": lambda f, head: scores.fit_neighbours(f, k=min(config.k, len(f))),
         "residual": lambda f, head: scores.fit_residual(f, dim=config.dim),
         "vim": lambda f, head: scores.fit_vim(f, head, dim=config.dim),
@@ -175,7 +175,8 @@ def repetition(config: Config, seed: int) -> tuple[Sets, Found]:
     pred, features = look(np.concatenate(list(asked.values())))
     assert isinstance(pred, bc.Categorical)
 
-    alone = [bc.Categorical(pred.logits[s : s + 1]) for s in range(config.num_members)]
+    alive = np.flatnonzero(state.alive)  # a member that diverged weighs nothing, alone or with others
+    alone = [bc.Categorical(pred.logits[s : s + 1]) for s in alive]
     ensemble = {name: np.asarray(jax.jit(score)(pred)) for name, score in OUTPUT_SCORES.items()}
     members = {
         name: np.stack([jax.jit(score)(one) for one in alone])
@@ -184,15 +185,16 @@ def repetition(config: Config, seed: int) -> tuple[Sets, Found]:
     }
     heads = Partial(sets.model.head, state.members.variables)
     for name, fit in feature_fits(config, labels).items():
-        fitted = scores.fit_members(fit, known, heads)
-        members[name] = np.asarray(jax.lax.map(lambda own: own[0](own[1]), (fitted.fitted, features)))
+        fitted = scores.fit_members(fit, known, heads, member_weights=state.alive)
+        each = jax.lax.map(lambda own: own[0](own[1]), (fitted.fitted, features))
+        members[name] = np.asarray(each)[alive]
         ensemble[name] = members[name].mean(0)  # what `fitted(features)` gives
     ends = np.cumsum([len(x) for x in asked.values()])
     parts = {name: slice(end - len(x), end) for (name, x), end in zip(asked.items(), ends, strict=True)}
     both = np.stack([ensemble["mahalanobis"], ensemble["free_energy"]])
     ensemble["mahalanobis + free_energy"] = np.asarray(scores.fit_combination(both[:, parts["validation"]])(both))
     right = lambda logits: logits[..., parts["test"], :].argmax(-1) == cut(sets.targets)
-    accuracy = {"ensemble": float(right(pred.log_probs()).mean()), "members": float(right(pred.logits).mean())}
+    accuracy = {"ensemble": float(right(pred.log_probs()).mean()), "members": float(right(pred.logits[alive]).mean())}
     return sets, Found(of_sets(ensemble, parts), of_sets(members, parts), accuracy, sets.held_out)
 
 

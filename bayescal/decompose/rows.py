@@ -83,8 +83,9 @@ def _here(function, settings, numbers, pred):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _spread(function, settings, numbers, mesh: Mesh, pred):
-    rows, size, devices = math.prod(pred.batch_shape), rows_at_once(pred, numbers), mesh.size
+    rows, devices = math.prod(pred.batch_shape), mesh.size
     share = -(-rows // devices)
+    size = min(share, rows_at_once(pred, numbers))
 
     def own(pred):
         start = jnp.minimum(jax.lax.axis_index("member") * share, rows - share)  # the last share reaches back

@@ -23,9 +23,11 @@ from bayescal.types import Array, Estimate
 
 def _auroc(groups: Ranked):
     other = groups.negatives()
-    above = groups.positive_through - groups.positive
-    beaten_by = (above + groups.positive / 2) / groups.totals()[1]  # shares, so that no product leaves float32
-    return (other.positive / other.totals()[1] * beaten_by).sum()
+    above, of_both = groups.positive_through - groups.positive, (groups.totals()[1], other.totals()[1])
+    if namespace(groups.weight) is np:  # counts are exact, and the value never above 1
+        return (other.positive * (above + groups.positive / 2)).sum() / (of_both[0] * of_both[1])
+    beaten_by = (above + groups.positive / 2) / of_both[0]  # shares, so that no product leaves float32
+    return (other.positive / of_both[1] * beaten_by).sum()
 
 
 def _delong(groups: Ranked, squares: Ranked) -> tuple[float, float]:

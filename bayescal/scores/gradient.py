@@ -31,7 +31,8 @@ def grad_norm(head: Head) -> GradientNorm:
     out, with large activations, for familiar.
 
     Args:
-        head: `features (rows, features) -> logits (rows, classes)`, affine.
+        head: `features (rows, features) -> logits (rows, classes)`, affine; best `jax.tree_util.Partial(lambda w, b, f:
+            f @ w + b, weights, bias)` with the lambda made once: another plain function is another program.
 
     Raises:
         TypeError: for a head that is no function.

@@ -1,4 +1,9 @@
-"""The last layer of a network, as the scores take it: `head(features (rows, features)) -> logits (rows, classes)`."""
+"""The last layer of a network, as the scores take it: `head(features (rows, features)) -> logits (rows, classes)`.
+
+`jax.tree_util.Partial(model_head, variables)`, with a `model_head` defined once, is compiled once for all variables. A plain
+function is taken too, but as a constant: each new object, such as every `lambda f: f @ w + b`, is compiled anew, with its
+weights in the program, which jax keeps.
+"""
 
 from collections.abc import Callable
 
@@ -8,19 +13,23 @@ import numpy as np
 from jax.tree_util import Partial
 
 from bayescal.predictive import float32_or_wider
+from bayescal.scores.covariance import FLOAT32
+from bayescal.scores.features import blocks
 from bayescal.types import Array
 
 Head = Callable[[Array], jax.Array]
 
 
-def as_pytree(head: Head) -> Head:
-    """`head` itself where it is a pytree (such as `Partial(model_head, variables)`), else wrapped: jit takes it as it is."""
-    if not callable(head):
+LINEAR = "Of a linear layer pass `Partial(lambda w, b, f: f @ w + b, weights, bias)`"
+
+
+def as_pytree(function: Callable, name: str = "head", instead: str = LINEAR) -> Callable:
+    """`function` itself where it is a pytree (`Partial(model_head, variables)`), else wrapped: jit takes it as it is."""
+    if not callable(function):
         raise TypeError(
-            f"`head` must be a function of features (rows, features), got {type(head).__name__}. Of a linear layer pass "
-            "`lambda f: f @ weights + bias`."
+            f"`{name}` must be a function of features (rows, features), got {type(function).__name__}. {instead}."
         )
-    return Partial(head) if jax.tree_util.all_leaves([head]) else head
+    return Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
 def logits_of(head: Head, features: jax.Array) -> jax.Array:
@@ -40,22 +49,25 @@ def energy(logits: jax.Array) -> jax.Array:
 
 
 def affine(head: Head, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (features, classes) and bias (classes,) of an affine head, read off zeros and the unit vectors.
+    """Weights (features, classes) and bias (classes,) of an affine head, read off its derivative and its value at zero.
 
     Raises:
         ValueError: where the head is not affine on `features`.
     """
-    size = features.shape[1]
-    with jax.default_matmul_precision("highest"):
-        bias, unit, logits = (
-            np.asarray(logits_of(head, jnp.asarray(x, jnp.float32)), np.float64)
-            for x in (np.zeros((1, size)), np.eye(size), features)
-        )
-    weights = unit - bias
-    off = abs(features @ weights + bias - logits).max()
-    if (
-        not off <= 1e-2 * abs(logits - bias).max()
-    ):  # rounding of low-precision layers is below, a hidden layer far above
+    zeros, unit = (jnp.asarray(x, jnp.float32) for x in (np.zeros((1, features.shape[1])), np.eye(features.shape[1])))
+    with jax.default_matmul_precision("highest"), np.errstate(invalid="ignore"):  # infinite logits are refused below
+        of_rows = lambda rows: np.asarray(logits_of(head, jnp.asarray(rows, jnp.float32)), np.float64)
+        bias = of_rows(zeros)
+        # no difference of logits, which a large bias would leave no digits
+        slope = jax.jvp(lambda rows: logits_of(head, rows), (jnp.zeros_like(unit),), (unit,))[1]
+        weights = np.asarray(slope, np.float64)
+        off = largest = moved = 0.0
+        for _, block in blocks(features):
+            logits = of_rows(block)
+            off = np.maximum(off, abs(block @ weights + bias - logits).max())
+            largest, moved = np.maximum(largest, abs(logits).max()), np.maximum(moved, abs(logits - bias).max())
+    # rounding of low-precision layers is below the first, that of a large bias below the second, a hidden layer far above
+    if not np.isfinite(off) or off > 1e-2 * moved + 4 * FLOAT32 * largest:
         raise ValueError(
             f"`head` must be affine in the features, got logits that are off by {off:.3g} from its own weights and bias. Pass "
             "the features of the last layer, or an `origin`."

@@ -5,8 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayescal.scores.covariance import whitening
-from bayescal.scores.features import as_rows, class_rows, defined, from_centre, halves, training_rows
+from bayescal.scores.covariance import scatter, whitening
+from bayescal.scores.features import (
+    as_rows,
+    blocks,
+    class_means,
+    class_rows,
+    defined,
+    from_centre,
+    halves,
+    training_rows,
+)
 from bayescal.types import Array, pytree
 
 
@@ -64,8 +73,9 @@ def fit_mahalanobis(
     """min_k (f - mu_k)^T S^-1 (f - mu_k), with one covariance S of all rows about their class's mean, divided by rows.
 
     Squared standard deviations, >= 0; higher = more unlike the training data. Unchanged by invertible affine maps of
-    the features where `ridge` is 0. Fitted in float64 on the host; scored in float32 from differences, so that a mean
-    of 1000 beside a spread of 0.05 costs no digits. A unit that is dead on the training rows counts with variance
+    the features where `ridge` is 0. Fitted in float64 on the host, a few rows at a time; scored in float32 from
+    differences, so that a mean of 1000 beside a spread of 0.05 costs no digits, and to 1 in 1000 or better: features that
+    are too nearly collinear for that are refused. A unit that is dead on the training rows counts with variance
     `ridge` alone: one row in which it fires is very unlike them.
 
     Args:
@@ -127,15 +137,11 @@ def fit_relative_mahalanobis(
 def _tied(rows, labels, num_classes, ridge):
     """Mean of all rows, class means from it, the whitening within classes, and each class's share of the rows."""
     labels, counts = class_rows(rows, labels, num_classes)
-    centre = rows.mean(0)
-    deviations = rows - centre
-    sums = np.zeros((len(counts), rows.shape[1]))
-    np.add.at(sums, labels, deviations)
-    means = sums / counts[:, None]
-    white = whitening(
-        deviations - means[labels], abs(rows).max(0), normaliser=len(rows), ridge=ridge, of="within classes"
-    )
-    return centre, means, white, counts / len(rows)
+    means, shares = class_means(rows, labels, counts), counts / len(rows)
+    total, largest = scatter((block, means[labels[part]]) for part, block in blocks(rows))
+    white = whitening(total, largest, normaliser=len(rows), ridge=ridge, of="within classes")
+    centre = means[0] + shares @ (means - means[0])
+    return centre, means - centre, white, shares
 
 
 def _float32(x):

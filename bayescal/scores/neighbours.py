@@ -5,6 +5,7 @@ from numbers import Integral
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from bayescal.scores.features import as_rows, defined, training_rows
@@ -54,8 +55,8 @@ def fit_neighbours(
         chunk: rows of the bank, and of the features, that are compared at once. Answers do not depend on it.
 
     Raises:
-        ValueError: for a k outside [1, rows], a chunk below 1, a training row of zeros where normalised, features that are
-            not finite, other shapes.
+        ValueError: for a k outside [1, rows], a chunk below 1, a training row that is all zeros in float32 where
+            normalised, features that are not finite in float32, other shapes.
     Source: Sun et al. 2022 (recalled).
     """
     rows = training_rows(features, least=1)
@@ -67,13 +68,15 @@ def fit_neighbours(
         raise ValueError(f"`chunk` must be a whole number of at least 1, got {chunk!r}. 1024 takes 4 MiB.")
     bank = jnp.asarray(rows, jnp.float32)
     if normalise:
-        zero = ~rows.any(1)
+        bank = _unit(bank)
+        zero = ~np.asarray(
+            jnp.isfinite(bank).all(1)
+        )  # also of what is zero in float32 alone: NaN would be nearest of all
         if zero.any():
             raise ValueError(
                 f"`features` must have a direction in every training row, got {int(zero.sum())} rows of zeros, first row "
-                f"{int(zero.argmax())}. Leave them out, or pass `normalise=False`."
+                f"{int(zero.argmax())}. Leave them out, or pass `normalise=False`; values below 1e-38 are zeros in float32."
             )
-        bank = _unit(bank)
     return Neighbours(bank, int(k), normalise, int(chunk))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bayescal.predictive import undefined_where
 from bayescal.scores.features import as_rows, defined, training_rows
 from bayescal.scores.heads import Head, as_pytree, energy, logits_of
 from bayescal.types import Array, pytree
@@ -73,7 +74,8 @@ def fit_react(features: Float[Array, "rows features"], head: Head, *, quantile: 
 
     Args:
         features: penultimate activations of the training rows.
-        head: `features (rows, features) -> logits (rows, classes)`.
+        head: `features (rows, features) -> logits (rows, classes)`, best `jax.tree_util.Partial(lambda w, b, f: f @ w + b,
+            weights, bias)` with the lambda made once: another plain function is another program.
         quantile: of the activations, in (0, 1]; 1 clips nothing that was seen.
 
     Raises:
@@ -82,10 +84,12 @@ def fit_react(features: Float[Array, "rows features"], head: Head, *, quantile: 
             be alike; features that are not finite, other shapes.
     Source: Sun et al. 2021 (recalled); the pooled quantile as in pytorch-ood, which was looked at.
     """
-    rows = training_rows(features)
+    rows = np.asarray(training_rows(features), np.float32)
     if not 0 < quantile <= 1:
         raise ValueError(f"`quantile` must lie in (0, 1], got {quantile!r}. 0.9 is that of the paper, not 90.")
-    threshold = np.quantile(rows, quantile)
+    threshold = np.quantile(
+        rows, np.asarray(quantile, np.float64)
+    )  # of a Python number, places would be rounded to float32
     if threshold <= rows.min():
         raise ValueError(
             f"`quantile` must be above that of the least activation, got {quantile}, at which all are clipped to "
@@ -100,7 +104,8 @@ def ash_p(head: Head, *, quantile: float) -> ShapedEnergy:
     Nats, of any sign; higher = more unlike the training data. Nothing is fitted. At quantile 0 it is the free energy.
 
     Args:
-        head: `features (rows, features) -> logits (rows, classes)`.
+        head: `features (rows, features) -> logits (rows, classes)`, best `jax.tree_util.Partial(lambda w, b, f: f @ w + b,
+            weights, bias)` with the lambda made once: another plain function is another program.
         quantile: share of a row's activations set to 0, in [0, 1), rounded to a whole number of them; of ties the first
             are kept.
 
@@ -173,7 +178,8 @@ def _scaled(features, kept):
 
 def _positive(features):
     """The features, and NaN in rows with a negative one, whose sums are no measure of activation."""
-    return jnp.where((features >= 0).all(-1, keepdims=True), features, jnp.nan)
+    lost = ~(features >= 0).all(-1, keepdims=True)
+    return undefined_where(lost, jnp.where(lost, 0, features))
 
 
 @jax.jit

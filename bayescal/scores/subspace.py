@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.scores.covariance import FLOAT32
-from bayescal.scores.features import as_rows, defined, from_centre, halves, training_rows
+from bayescal.scores.covariance import FLOAT32, scatter
+from bayescal.scores.features import as_rows, blocks, class_means, defined, from_centre, halves, training_rows
 from bayescal.scores.heads import Head, affine, as_pytree, energy, logits_of
 from bayescal.types import Array, pytree
 
@@ -55,7 +55,8 @@ def fit_residual(
     """|(I - P)(f - u)|, P the projection on the `dim` directions of largest mean square of the training rows about u.
 
     The unit of the features, >= 0; higher = more unlike the training data. Unchanged by rotations about u. Blind to rows
-    that stay in the subspace, however far out. Fitted in float64 on the host.
+    that stay in the subspace, however far out. Fitted in float64 on the host, a few rows at a time; rounded in float32 by
+    about 1e-7 |f - u|, below which it says nothing.
 
     Args:
         features: penultimate activations of the training rows.
@@ -74,13 +75,13 @@ def fit_residual(
             f"`dim` must be a whole number from 1 to {width - 1}, one less than the features, got {dim!r}. Half of them is "
             "usual."
         )
-    start = rows.mean(0) if origin is None else np.asarray(origin, np.float64)
+    everything = np.zeros(len(rows), np.int8), np.array([len(rows)])
+    start = class_means(rows, *everything)[0] if origin is None else np.asarray(origin, np.float64)
     if start.shape != (width,) or not np.isfinite(start).all():
         raise ValueError(
             f"`origin` must be finite and of shape ({width},) like a row of `features`, got shape {start.shape}. Leave it out."
         )
-    centred = rows - start
-    vectors = np.linalg.eigh(centred.T @ centred)[1]  # least first
+    vectors = np.linalg.eigh(scatter((block, start) for _, block in blocks(rows))[0])[1]  # least first
     return Residual(halves(start), jnp.asarray(vectors[:, : width - int(dim)], jnp.float32))
 
 
@@ -88,7 +89,7 @@ def head_origin(head: Head, features: Float[Array, "rows features"]) -> np.ndarr
     """u = -pinv(W) b of a head f W + b, (features,): the shortest features whose logits are nearest to zero.
 
     Args:
-        head: affine, `features -> logits`; its weights are read off its values.
+        head: affine, `features -> logits`; its weights are read off its derivative.
         features: rows on which it is checked to be affine.
 
     Raises:
@@ -109,8 +110,8 @@ def fit_vim(
 
     Args:
         features: penultimate activations of the training rows.
-        head: `features (rows, features) -> logits (rows, classes)`; `jax.tree_util.Partial(model_head, variables)` where it
-            is to be stacked over members.
+        head: `features (rows, features) -> logits (rows, classes)`, best `jax.tree_util.Partial(model_head, variables)`, as
+            members need it; another plain function is another program.
         dim: directions of the principal subspace; half the features is usual, fewer where they are many.
         origin: u; None = `head_origin(head, features)`, for affine heads.
 
@@ -123,15 +124,18 @@ def fit_vim(
     head = as_pytree(head)
     rows = training_rows(features)
     residual = fit_residual(rows, dim=dim, origin=head_origin(head, rows) if origin is None else origin)
-    float32 = jnp.asarray(rows, jnp.float32)
-    logit = float(np.asarray(logits_of(head, float32).max(-1), np.float64).mean())
+    start, sums = np.asarray(residual.origin, np.float64).sum(0), np.zeros(3)
+    for _, block in blocks(rows):
+        float32 = jnp.asarray(block, jnp.float32)
+        largest, outside = logits_of(head, float32).max(-1), residual(float32)
+        length = np.linalg.norm(block - start, axis=1)
+        sums += [np.asarray(x, np.float64).sum() for x in (largest, outside, length)]
+    logit, mean, length = sums / len(rows)
     if not 0 < logit < np.inf:
         raise ValueError(
             f"`head` must give a positive and finite mean of the largest logits of the training rows, got {logit:.3g}: alpha "
             "would turn the score round. Add the same number to all logits."
         )
-    mean = float(np.asarray(residual(float32), np.float64).mean())
-    length = np.linalg.norm(rows - np.asarray(residual.origin, np.float64).sum(0), axis=1).mean()
     if not mean > FLOAT32 * residual.complement.shape[1] ** 0.5 * length:
         raise ValueError(
             f"`dim` must leave a residual of the training rows, got {dim} of {rows.shape[1]}, which hold them all: alpha "
