@@ -25,6 +25,7 @@ from scipy.special import entr
 
 import bayescal as bc
 from bayescal import plots
+from bayescal.binning import Z95
 from bayescal.config import as_dict, load_config, versions
 from bayescal.metrics import spearman, spearman_difference
 from bayescal.report import Picture, Section, Table, figure_png, number, save_json, write_report
@@ -109,7 +110,7 @@ def human_entropy(votes: np.ndarray) -> np.ndarray:
 
 def mean_of_rows(values: np.ndarray, convention: str) -> bc.Estimate:
     values = np.asarray(values, np.float64)
-    mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / np.sqrt(len(values))
+    mean, half = float(values.mean()), Z95 * float(values.std(ddof=1)) / np.sqrt(len(values))
     return bc.Estimate(mean, mean - half, mean + half, len(values), convention)
 
 

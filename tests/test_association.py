@@ -78,6 +78,26 @@ def test_weights_are_repetition_and_rows_of_weight_0_are_absent(rng):
     np.testing.assert_allclose(spearman(a, b, weights=np.full(len(a), 7))[:3], spearman(a, b)[:3], rtol=1e-12)
 
 
+def test_fewest_rows_are_effective_rows(rng):
+    """A row that weighs as much as all others together leaves few observations, however many rows there are."""
+    columns = rng.normal(size=(3, 200))
+    for rows, heavy, known in ((FEWEST, 1, True), (FEWEST - 1, 1, False), (200, 20, True), (200, 60, False)):
+        weights = np.where(np.arange(rows) == 0, heavy, 1) * 0.1
+        assert (weights.sum() ** 2 / (weights**2).sum() >= FEWEST - 1e-9) == known
+        a, b, target = columns[:, :rows]
+        for found in (spearman(a, b, weights=weights), spearman_difference(a, b, target, weights=weights)):
+            assert (found.low is not None) == known and found.n == rows
+
+
+def test_large_weights_do_not_overflow(rng):
+    a, b = columns(rng)
+    weights = rng.uniform(0.5, 1, 60)
+    for scale in (1e308, 1e-300):
+        np.testing.assert_allclose(
+            spearman(a, b, weights=scale * weights)[:3], spearman(a, b, weights=weights)[:3], rtol=1e-12
+        )
+
+
 def standard_error(estimate):
     """Read back from the interval on Fisher's scale."""
     return (math.atanh(estimate.high) - math.atanh(estimate.low)) / 2 / 1.959963984540054 * (1 - estimate.value**2)

@@ -12,7 +12,7 @@ from test_corruptions import IMAGES, TWICE, strongest
 from bayescal.data import corruptions as c
 from bayescal.data.corruptions.blur import _disc, smooth, trail, zoom
 from bayescal.data.corruptions.geometry import _mirrored
-from bayescal.data.corruptions.images import bilinear
+from bayescal.data.corruptions.images import bilinear, row_keys
 from bayescal.data.corruptions.weather import MUD, plasma
 
 pytestmark = pytest.mark.core
@@ -37,8 +37,25 @@ def test_moments_of_noise(key, strict):
     assert (salted[(salted != 0) & (salted != 1)] == 0.5).all()
 
 
+@pytest.mark.parametrize("photons", [9e4, 1e6, 1e7, 1e8, 3e9, 1e10])
+def test_moments_of_many_photons(key, strict, photons):
+    """Where jax's Poisson ends, or is no longer one: in units of the noise, which is far below a pixel's value."""
+    images = np.full((4, 64, 64, 3), 0.5, np.float32)
+    images[:2] = 0.25
+    result = np.asarray(c.shot_noise(images, key, photons=photons), np.float64)
+    np.testing.assert_array_equal(c.shot_noise(images[:2], key, photons=photons), result[:2])  # whatever rows follow
+    noise = (result - images) / np.sqrt(images / photons)
+    assert abs(noise.mean()) < 4 / np.sqrt(noise.size)
+    rounding = np.spacing(np.float32(0.5)) * np.sqrt(photons / 0.5)  # of a float32 result
+    assert abs(noise.var() - 1) < 4 * np.sqrt(2 / noise.size) + rounding**2
+    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 4 / np.sqrt(noise[0].size)
+
+
 def test_a_row_draws_from_its_own_key(key):
     draw = jax.random.normal(jax.random.fold_in(key, 3), IMAGES.shape[1:])
+    np.testing.assert_allclose(c.gaussian_noise(HALF, key, std=0.05)[3], 0.5 + 0.05 * draw, atol=1e-6)
+    key = jax.random.key(7, impl="rbg")  # under vmap a row's draw would be another than by itself
+    draw = jax.random.normal(row_keys(key, jnp.asarray(IMAGES))[3], IMAGES.shape[1:])
     np.testing.assert_allclose(c.gaussian_noise(HALF, key, std=0.05)[3], 0.5 + 0.05 * draw, atol=1e-6)
 
 

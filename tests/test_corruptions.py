@@ -1,5 +1,6 @@
 """What holds for every corruption, the two tables of severities, and `corrupt`."""
 
+import inspect
 import sys
 from itertools import pairwise
 
@@ -93,6 +94,38 @@ def test_in_jit_under_vmap_and_row_by_row(name, key):
     over_keys = jax.vmap(lambda k: function(IMAGES[:3], k, **strengths[4]))(keys)
     np.testing.assert_allclose(over_keys[0], whole[:3], atol=2e-6)  # a row's draws are those of its place
     assert (over_keys[0] != over_keys[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [(t, name) for t, x in (("SMALL_IMAGES", SMALL_IMAGES), ("DIGITS", DIGITS)) for name in x]
+)
+def test_float32_where_float64_is_allowed(table, name, key):
+    """The same numbers as without it; also from float64 images and strengths that are arrays of float64."""
+    severities = getattr(c, table)
+    plain = corrupt(name, IMAGES, 5, key, severities=severities)
+    function, strengths = severities[name]
+    drawn = (key,) if "key" in inspect.signature(function).parameters else ()
+    with jax.enable_x64(True):
+        found = corrupt(name, IMAGES, 5, key, severities=severities)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, plain)
+        if name not in ("defocus_blur", "pixelate", "jpeg"):  # whose strengths are static
+            wide = {k: jnp.asarray(x, jnp.float64 if isinstance(x, float) else None) for k, x in strengths[4].items()}
+            found = function(IMAGES.astype(np.float64), *drawn, **wide)
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gaussian_noise", "rbg"), ("shot_noise", "unsafe_rbg"), ("glass_blur", "rbg"), ("elastic", "rbg")],
+)
+def test_keys_of_other_kinds(name, kind):
+    """Rows draw apart, and do not depend on how many there are, but for the rounding of matrices of other shapes."""
+    key, other = (jax.random.key(seed, impl=kind) for seed in (7, 8))
+    result = strongest(name, TWICE, key)
+    assert (result[0] != result[1]).any() and (result != strongest(name, TWICE, other)).any()
+    np.testing.assert_allclose(strongest(name, TWICE[[0, 1, 0]], key)[:2], result, atol=1e-6)
 
 
 def test_without_jit(key):

@@ -10,6 +10,7 @@ import human_uncertainty as study
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from scipy.stats import norm
 
 from bayescal.config import load_config
 
@@ -25,6 +26,20 @@ def test_entropy_of_votes_ties_whatever_the_class():
     assert found[0] == found[1] and found[2] == 0
     np.testing.assert_allclose(found[3], np.log(4))
     np.testing.assert_allclose(found[0], -sum(x / 51 * np.log(x / 51) for x in (47, 3, 1)))
+
+
+def test_mean_of_rows_has_the_package_s_interval(rng):
+    x = rng.normal(size=50)
+    found = study.mean_of_rows(x, "words")
+    half = norm.ppf(0.975) * x.std(ddof=1) / np.sqrt(50)
+    np.testing.assert_allclose(found[:3], [x.mean(), x.mean() - half, x.mean() + half], rtol=1e-12)
+
+
+def test_the_config_states_what_to_expect():
+    """The figures in its comment are those that the test below finds."""
+    words = SMOKE.with_name("cifar10h.yaml").read_text()
+    for figure in ("0.3104", "0.3110", "0.2940", "0.0170", "0.4357", "0.3233", "0.3863"):
+        assert figure in words
 
 
 def test_recorded_networks_against_people(tmp_path):
@@ -58,6 +73,9 @@ def test_recorded_networks_against_people(tmp_path):
     assert all_rows["cross-entropy"].value == pytest.approx(0.4357, abs=5e-5)
     assert result["temperatures"]["pool"] == pytest.approx(1.2003, abs=1e-4)
     assert (raw["nll"].value, pooled["nll"].value) == pytest.approx((0.1162, 0.1159), abs=6e-5)
+
+    difference = all_rows["aleatoric - epistemic"].value, own["cross-entropy"].value, pooled["cross-entropy"].value
+    assert difference == pytest.approx((0.0170, 0.3233, 0.3863), abs=6e-5)
 
     # aleatoric uncertainty follows people more closely, by little: epistemic follows them too
     assert 0 < all_rows["aleatoric - epistemic"].low < all_rows["aleatoric - epistemic"].high < 0.03

@@ -38,6 +38,8 @@ def smooth(images: jax.Array, sigma, *, edges: str, truncate: float = 4.0) -> ja
         truncate: where the kernel ends, in units of sigma.
     """
 
+    sigma = jnp.float32(sigma)
+
     def kernel(size):
         inside = np.pad(np.arange(size), size, mode=edges)  # type: ignore[call-overload]  the pixel each place stands for
         offset = jnp.asarray(np.arange(-size, 2 * size)[None] - np.arange(size)[:, None], jnp.float32)
@@ -121,7 +123,7 @@ def glass_blur(images: Images, key: Key, *, sigma: Strength, reach: Count, itera
 
     def shuffled(image, key):
         def draw(i, image):
-            offset = jax.random.randint(jax.random.fold_in(key, i), (2, height, width), -reach, reach)
+            offset = jax.random.randint(jax.random.fold_in(key, i), (2, height, width), -reach, reach, jnp.int32)
             offset = jnp.where(loose[None], offset, 0)
             return image[down + offset[0], across + offset[1]]
 
@@ -146,13 +148,14 @@ def motion_blur(images: Images, key: Key, *, radius: Count, sigma: Strength) -> 
     images = as_images(images)
 
     def blurred(image, key):
-        return trail(image, jax.random.uniform(key, minval=-45.0, maxval=45.0), radius, sigma)
+        return trail(image, jax.random.uniform(key, dtype=jnp.float32, minval=-45.0, maxval=45.0), radius, sigma)
 
     return camera(jax.vmap(blurred)(images, row_keys(key, images)))
 
 
 def trail(image: jax.Array, degrees, radius, sigma) -> jax.Array:
     """sum_i w_i x(place + i * (sin, cos)), w_i ~ exp(-i^2 / (2 sigma^2)), i = 0, ..., radius: one image, bilinear."""
+    degrees, sigma = jnp.float32(degrees), jnp.float32(sigma)
     down, across = grid(image)
     height, width = image.shape[:2]
     step_down, step_across = jnp.sin(jnp.deg2rad(degrees)), jnp.cos(jnp.deg2rad(degrees))
@@ -176,13 +179,15 @@ def zoom_blur(images: Images, *, largest: Strength, num_zooms: Count) -> Corrupt
         largest: zoom factor, at least 1; 1 = nothing changes.
         num_zooms: a whole number, at least 2.
     """
-    images = as_images(images)
+    images, largest = as_images(images), jnp.float32(largest)
     add = lambda i, total: total + zoom(images, 1 + (largest - 1) * jnp.float32(i) / (num_zooms - 1))
     return camera(jax.lax.fori_loop(0, num_zooms, add, images) / (num_zooms + 1))
 
 
 def zoom(images: jax.Array, factor) -> jax.Array:
     """x(centre + (place - centre) / factor), bilinear: (..., height, width, channels); factor at least 1."""
+
+    factor = jnp.float32(factor)
 
     def lines(size):
         pixels = jnp.arange(size, dtype=jnp.float32)

@@ -26,7 +26,7 @@ def brightness(images: Images, *, amount: Strength) -> Corrupted:
         images: float (rows, height, width, channels) in [0, 1]; for one channel clip(x + amount).
         amount: added to the value; 0 = nothing changes.
     """
-    images = as_images(images)
+    images, amount = as_images(images), jnp.float32(amount)
     value = images.max(-1, keepdims=True)
     brighter = camera(value + amount)
     return camera(jnp.where(value == 0, brighter, images * (brighter / jnp.where(value == 0, 1, value))))
@@ -40,7 +40,7 @@ def contrast(images: Images, *, factor: Strength) -> Corrupted:
         images: float (rows, height, width, channels) in [0, 1].
         factor: 1 = nothing changes; smaller = less contrast.
     """
-    images = as_images(images)
+    images, factor = as_images(images), jnp.float32(factor)
     mean = images.mean((1, 2), keepdims=True)
     return camera(mean + factor * (images - mean))
 
@@ -59,12 +59,12 @@ def saturate(images: Images, *, factor: Strength, amount: Strength) -> Corrupted
     Raises:
         ValueError: for images that are not of three channels.
     """
-    images = as_images(images, channels=(3,))
+    images, factor, amount = as_images(images, channels=(3,)), jnp.float32(factor), jnp.float32(amount)
     value = images.max(-1, keepdims=True)
     below = value - images
     depth = below.max(-1, keepdims=True)  # value * S
     new_depth = value * camera(factor * depth / jnp.where(value == 0, 1, value) + amount)
-    red = jnp.array([0.0, 1.0, 1.0])[None, None, None]
+    red = jnp.array([0.0, 1.0, 1.0], jnp.float32)[None, None, None]
     return camera(value - new_depth * jnp.where(depth == 0, red, below / jnp.where(depth == 0, 1, depth)))
 
 

@@ -21,7 +21,7 @@ def rotation(images: Images, *, degrees: Strength) -> Corrupted:
         images: float (rows, height, width, channels) in [0, 1].
         degrees: counter-clockwise; 0 = nothing changes.
     """
-    images = as_images(images)
+    images, degrees = as_images(images), jnp.float32(degrees)
     down, across = grid(images[0])
     middle_down, middle_across = ((n - 1) / 2 for n in images.shape[1:3])
     cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
@@ -38,7 +38,7 @@ def translation(images: Images, *, down: Strength, right: Strength) -> Corrupted
         down: share of the height; negative = up.
         right: share of the width; negative = left.
     """
-    images = as_images(images)
+    images, down, right = as_images(images), jnp.float32(down), jnp.float32(right)
     at_down, at_across = grid(images[0])
     return _sampled(images, at_down - down * images.shape[1], at_across - right * images.shape[2])
 
@@ -67,7 +67,7 @@ def elastic(images: Images, key: Key, *, affine: Strength, amplitude: Strength, 
         amplitude: of the noise in (-1, 1), before it is smoothed.
         sigma: of the smoothing, cut at 3 sigma; larger = smoother and smaller moves.
     """
-    images = as_images(images)
+    images, affine, amplitude, sigma = as_images(images), *map(jnp.float32, (affine, amplitude, sigma))
     height, width = images.shape[1:3]
     side = min(height, width)
     down, across = grid(images[0])
@@ -76,10 +76,10 @@ def elastic(images: Images, key: Key, *, affine: Strength, amplitude: Strength, 
 
     def deformed(image, key):
         point_key, field_key = jax.random.split(key)
-        corner, top, opposite = affine * side * jax.random.uniform(point_key, (3, 1, 1, 2), minval=-1.0)
+        corner, top, opposite = affine * side * jax.random.uniform(point_key, (3, 1, 1, 2), jnp.float32, minval=-1.0)
         # the points are (1, 1), (-1, 1) and (-1, -1) in (y, x); an affine field is fixed by three
         move = top + (corner - top) * (y + 1) / 2 + (opposite - top) * (1 - x) / 2
-        noise = jax.random.uniform(field_key, (height, width, 2), minval=-1.0)
+        noise = jax.random.uniform(field_key, (height, width, 2), jnp.float32, minval=-1.0)
         move = move + amplitude * side * smooth(noise, sigma * side, edges="symmetric", truncate=3.0)
         return bilinear(image, _mirrored(down + move[..., 0], height), _mirrored(across + move[..., 1], width))
 

@@ -3,15 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Float32, Int, Real
 
 from bayescal.types import Array, Key
 
 Images = Float[Array, "rows height width channels"]
-Corrupted = Float[jax.Array, "rows height width channels"]
+Corrupted = Float32[jax.Array, "rows height width channels"]
 Strength = float | Real[jax.Array, ""]
 Count = int | Int[jax.Array, ""]
 
+THREEFRY = "threefry2x32"
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in a grey value (ITU-R BT.601)
 
 
@@ -55,13 +56,18 @@ def camera(images: jax.Array) -> jax.Array:
 
 
 def row_keys(key: Key, images: jax.Array) -> Key:
-    """`fold_in(key, row)` for every row: what happens to an image does not depend on the rows beside it."""
+    """`fold_in(key, row)` for every row: what happens to an image does not depend on the rows beside it.
+
+    Of jax's default kind (threefry), whatever the key's: under vmap the other kinds draw all rows by the first one's.
+    """
+    if jax.random.key_impl(key) != THREEFRY:
+        key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl=THREEFRY)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images)))
 
 
 def grey(image: jax.Array) -> jax.Array:
     """Grey value of one image of 1 or 3 channels: (height, width, 1)."""
-    return image if image.shape[-1] == 1 else (image * jnp.array(LUMA)[None, None]).sum(-1, keepdims=True)
+    return image if image.shape[-1] == 1 else (image * jnp.array(LUMA, jnp.float32)[None, None]).sum(-1, keepdims=True)
 
 
 def grid(image: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,9 +8,14 @@ Source: Hendrycks and Dietterich 2019, and their make_cifar_c.py.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bayescal.data.corruptions.images import Corrupted, Images, Strength, as_images, camera, row_keys
 from bayescal.types import Key
+
+MANY = (
+    1e5  # photons in a pixel from which on they are normal; jax's Poisson is a few % too wide at 10^6, and int32 ends
+)
 
 
 @jax.jit
@@ -22,7 +27,7 @@ def gaussian_noise(images: Images, key: Key, *, std: Strength) -> Corrupted:
         key: of the noise.
         std: standard deviation; 0 = none.
     """
-    images = as_images(images)
+    images, std = as_images(images), jnp.float32(std)
     return camera(images + std * _normal(images, key))
 
 
@@ -35,7 +40,7 @@ def speckle_noise(images: Images, key: Key, *, std: Strength) -> Corrupted:
         key: of the noise.
         std: standard deviation relative to the pixel; 0 = none.
     """
-    images = as_images(images)
+    images, std = as_images(images), jnp.float32(std)
     return camera(images + images * std * _normal(images, key))
 
 
@@ -43,15 +48,20 @@ def speckle_noise(images: Images, key: Key, *, std: Strength) -> Corrupted:
 def shot_noise(images: Images, key: Key, *, photons: Strength) -> Corrupted:
     """clip(n / photons), n ~ Poisson(photons * x): mean x, variance x / photons before clipping.
 
+    From 10^5 photons in a pixel on, n is a rounded normal number of the same mean and variance.
+
     Args:
         images: float (rows, height, width, channels) in [0, 1].
-        key: of the noise; of jax's default kind (threefry).
+        key: of the noise.
         photons: counted in a white pixel; fewer = more noise.
     """
-    images = as_images(images)
+    images, photons = as_images(images), jnp.float32(photons)
     rate = photons * images
-    counts = jax.vmap(jax.random.poisson)(row_keys(key, images), jnp.where(jnp.isnan(rate), 0, rate))
-    return camera(counts.astype(jnp.float32) / photons + 0 * rate)  # no count is NaN, whatever its rate
+    few = jnp.where(rate < MANY, rate, 0)
+    counts = jax.vmap(lambda k, rate: jax.random.poisson(k, rate, dtype=jnp.int32))(row_keys(key, images), few)
+    other = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no row's
+    many = jnp.round(rate + jnp.sqrt(rate) * _normal(images, other))
+    return camera(jnp.where(rate < MANY, counts.astype(jnp.float32), many) / photons)
 
 
 @jax.jit
@@ -63,11 +73,11 @@ def impulse_noise(images: Images, key: Key, *, share: Strength) -> Corrupted:
         key: of the noise.
         share: of the numbers that are replaced, in [0, 1]; each channel on its own.
     """
-    images = as_images(images)
-    draw = jax.vmap(lambda k: jax.random.uniform(k, images.shape[1:]))(row_keys(key, images))
-    salt = jnp.where(draw < share / 2, 1.0, 0.0) + 0 * images  # NaN under salt stays NaN
+    images, share = as_images(images), jnp.float32(share)
+    draw = jax.vmap(lambda k: jax.random.uniform(k, images.shape[1:], jnp.float32))(row_keys(key, images))
+    salt = (draw < share / 2).astype(jnp.float32) + 0 * images  # NaN under salt stays NaN
     return camera(jnp.where(draw < share, salt, images))
 
 
 def _normal(images, key):
-    return jax.vmap(lambda k: jax.random.normal(k, images.shape[1:]))(row_keys(key, images))
+    return jax.vmap(lambda k: jax.random.normal(k, images.shape[1:], jnp.float32))(row_keys(key, images))

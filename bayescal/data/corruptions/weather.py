@@ -28,7 +28,7 @@ def fog(images: Images, key: Key, *, amount: Strength, decay: Strength) -> Corru
         amount: of fog; 0 = none.
         decay: of the clouds' details, see `plasma`; smaller = finer clouds.
     """
-    images = as_images(images)
+    images, amount, decay = as_images(images), jnp.float32(amount), jnp.float32(decay)
     height, width = images.shape[1:3]
 
     def foggy(image, key):
@@ -46,8 +46,10 @@ def plasma(key: Key, size: int, decay) -> jax.Array:
     grid to the next: by 9 for clouds, by 3 for something close to grain.
     """
     levels = math.ceil(math.log2(max(size, 2)))
-    draws = jax.random.uniform(key, (4**levels - 1,), minval=-1.0)  # one draw, cut up: many small ones compile slowly
-    heights = jnp.zeros((1, 1))
+    draws = jax.random.uniform(
+        key, (4**levels - 1,), jnp.float32, minval=-1.0
+    )  # one draw, cut up: many small ones compile slowly
+    heights = jnp.zeros((1, 1), jnp.float32)
     for level in range(levels):
         new = draws[4**level - 1 : 4 ** (level + 1) - 1].reshape(3, *heights.shape) / decay ** (2 * level)
         right, below = jnp.roll(heights, -1, 1), jnp.roll(heights, -1, 0)
@@ -93,12 +95,15 @@ def snow(
         ValueError: for a number of channels other than 1 and 3.
     """
     images = as_images(images, channels=(1, 3))
+    mean, std, threshold, keep = map(jnp.float32, (mean, std, threshold, keep))
 
     def snowy(image, key):
         noise_key, angle_key = jax.random.split(key)
-        noise = zoom(mean + std * jax.random.normal(noise_key, (*image.shape[:2], 1)), size)
+        noise = zoom(mean + std * jax.random.normal(noise_key, (*image.shape[:2], 1), jnp.float32), size)
         flakes = camera(jnp.where(noise < threshold, 0, noise))
-        flakes = trail(flakes, jax.random.uniform(angle_key, minval=-135.0, maxval=-45.0), radius, sigma)
+        flakes = trail(
+            flakes, jax.random.uniform(angle_key, dtype=jnp.float32, minval=-135.0, maxval=-45.0), radius, sigma
+        )
         white = keep * image + (1 - keep) * jnp.maximum(image, 1.5 * grey(image) + 0.5)
         return white + flakes + flakes[::-1, ::-1]
 
@@ -134,11 +139,12 @@ def spatter(
         ValueError: for a number of channels other than 1 and 3.
     """
     images = as_images(images, channels=(1, 3))
-    mud = jnp.broadcast_to(jnp.array(MUD)[None, None], (1, 1, 3))
+    mean, std, threshold = map(jnp.float32, (mean, std, threshold))
+    mud = jnp.broadcast_to(jnp.array(MUD, jnp.float32)[None, None], (1, 1, 3))
     mud = mud if images.shape[-1] == 3 else grey(mud)
 
     def spattered(image, key):
-        noise = mean + std * jax.random.normal(key, (*image.shape[:2], 1))
+        noise = mean + std * jax.random.normal(key, (*image.shape[:2], 1), jnp.float32)
         wet = (smooth(noise, sigma, edges="edge") > threshold).astype(jnp.float32)
         mask = smooth(wet, softness, edges="edge")
         mask = jnp.where(mask < 0.8, 0, mask)
