@@ -54,6 +54,25 @@ def load_config(schema: type[C], path: str | Path | None = None, overrides: Sequ
     return schema(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
 
 
+def command_line(schema: type[C], words: Sequence[str]) -> tuple[C, Path]:
+    """The config and the run's folder from `experiment.py [config.yaml] [key=value ...]`, as in `sys.argv`.
+
+    The folder is the setting `out`, else runs/<experiment>/<name of the yaml>.
+
+    Args:
+        schema: as in `load_config`, with a field `out`.
+        words: of the command line, the script first.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_config`.
+    """
+    script, *rest = words
+    path = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
+    config = load_config(schema, path, rest)
+    default = Path("runs") / Path(script).stem / (path.stem if path else "default")
+    return config, Path(getattr(config, "out", None) or default)
+
+
 def _convert(key: str, value, hint):
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -20,7 +20,7 @@ import numpy as np
 from bench import entry, interleaved, publish
 
 import bayescal as bc
-from bayescal.config import load_config
+from bayescal.config import command_line
 from bayescal.decompose import decompose_draws, rows
 from bayescal.decompose.draws import _decompose_draws
 
@@ -178,7 +178,4 @@ def main(config: Config, folder: Path) -> list[dict]:
 
 if __name__ == "__main__":
     bc.use_all_cores()
-    words = sys.argv[1:]
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    settings = load_config(Config, path, words)
-    main(settings, Path(settings.out or Path("runs/bench_decomposition") / (path.stem if path else "default")))
+    main(*command_line(Config, sys.argv))

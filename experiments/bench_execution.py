@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import bayescal as bc
-from bayescal.config import load_config, versions
+from bayescal.config import command_line, versions
 from bayescal.report import save_json
 
 # name -> (network, input shape, members)
@@ -116,7 +116,4 @@ def main(config: Config, folder: Path) -> list[dict]:
 
 if __name__ == "__main__":
     bc.use_all_cores()
-    words = sys.argv[1:]
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    settings = load_config(Config, path, words)
-    main(settings, Path(settings.out or Path("runs/bench_execution") / (path.stem if path else "default")))
+    main(*command_line(Config, sys.argv))

@@ -25,7 +25,7 @@ from bench import entry, interleaved, publish
 
 import bayescal as bc
 from bayescal.compare import bootstrap_intervals
-from bayescal.config import load_config
+from bayescal.config import command_line
 from bayescal.evaluate import measure
 from bayescal.metrics.calibration import calibration_error, squared_calibration_error
 from bayescal.metrics.classwise import classwise_calibration_error
@@ -321,7 +321,4 @@ def main(config: Config, folder: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    settings = load_config(Config, path, words)
-    main(settings, Path(settings.out or Path("runs/bench_metrics") / (path.stem if path else "default")))
+    main(*command_line(Config, sys.argv))

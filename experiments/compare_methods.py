@@ -25,7 +25,7 @@ from compare_methods_report import SHIFTS, print_table, write
 
 import bayescal as bc
 from bayescal.checkpoint import events
-from bayescal.config import as_dict, load_config, versions
+from bayescal.config import as_dict, command_line, versions
 from bayescal.report import save_json, save_predictions
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -331,7 +331,4 @@ CONVENTIONS = {
 
 if __name__ == "__main__":
     bc.use_all_cores()
-    words = sys.argv[1:]
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    settings = load_config(Config, path, words)
-    main(settings, Path(settings.out or Path("runs/compare_methods") / (path.stem if path else "default")))
+    main(*command_line(Config, sys.argv))

@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 
 import bayescal as bc
 from bayescal.binning import wilson_interval
-from bayescal.config import as_dict, load_config, versions
+from bayescal.config import as_dict, command_line, versions
 from bayescal.decompose import corrected_mutual_information, mutual_information
 from bayescal.report import number, save_json
 
@@ -68,7 +68,4 @@ def main(config: Config, folder: Path) -> dict[str, dict[str, bc.Estimate]]:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    settings = load_config(Config, path, words)
-    main(settings, Path(settings.out or Path("runs/few_members") / (path.stem if path else "default")))
+    main(*command_line(Config, sys.argv))

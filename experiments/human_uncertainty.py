@@ -26,7 +26,7 @@ from scipy.special import entr
 import bayescal as bc
 from bayescal import plots
 from bayescal.binning import Z95
-from bayescal.config import as_dict, load_config, versions
+from bayescal.config import as_dict, command_line, versions
 from bayescal.metrics import spearman, spearman_difference
 from bayescal.report import Picture, Section, Table, figure_png, number, save_json, write_report
 
@@ -217,10 +217,7 @@ def figure(pools, pred, votes):
 
 if __name__ == "__main__":
     bc.use_all_cores()
-    words = sys.argv[1:]
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    settings = load_config(Config, path, words)
     try:
-        main(settings, Path(settings.out or Path("runs/human_uncertainty") / (path.stem if path else "default")))
+        main(*command_line(Config, sys.argv))
     except FileNotFoundError as error:
         sys.exit(str(error))

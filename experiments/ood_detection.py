@@ -25,7 +25,7 @@ from ood_detection_report import print_table, write
 
 import bayescal as bc
 from bayescal import scores
-from bayescal.config import as_dict, load_config, versions
+from bayescal.config import as_dict, command_line, versions
 from bayescal.report import save_json
 from bayescal.scores import output
 
@@ -280,10 +280,7 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     bc.use_all_cores()
-    words = sys.argv[1:]
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    settings = load_config(Config, path, words)
     try:
-        main(settings, Path(settings.out or Path("runs/ood_detection") / (path.stem if path else "default")))
+        main(*command_line(Config, sys.argv))
     except FileNotFoundError as error:
         sys.exit(f"{error} Set BAYESCAL_DATA to the folder of the image files, or run `data=digits`.")

@@ -1,8 +1,9 @@
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from bayescal.config import as_dict, load_config, versions
+from bayescal.config import as_dict, command_line, load_config, versions
 
 pytestmark = pytest.mark.core
 
@@ -61,3 +62,13 @@ def test_bad_files(tmp_path):
 def test_versions():
     found = versions()
     assert {"python", "bayescal", "jax", "flax", "device"} <= set(found)
+
+
+def test_command_line(tmp_path):
+    path = tmp_path / "fast.yaml"
+    path.write_text("steps: 5\n")
+    assert command_line(Settings, ["x/study.py"]) == (Settings(), Path("runs/study/default"))
+    assert command_line(Settings, ["study.py", "steps=4"]) == (Settings(steps=4), Path("runs/study/default"))
+    got, folder = command_line(Settings, ["study.py", str(path), "rate=2"])
+    assert got == Settings(steps=5, rate=2.0) and folder == Path("runs/study/fast")
+    assert command_line(Settings, ["study.py", str(path), "out=here"])[1] == Path("here")

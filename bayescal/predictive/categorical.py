@@ -186,7 +186,7 @@ def pool(pred: Categorical | Bernoulli) -> Categorical | Bernoulli:
         case Bernoulli():
             log_probs = pred.log_probs()
             return Bernoulli((log_probs[..., 1] - log_probs[..., 0])[None], normalised=True)
-    refuse(type(pred).__name__, "pool", "Use `pooled_mean`, `pooled_variance` and `log_prob`.")
+    refuse(type(pred).__name__, "pool", "Use `pooled_mean` and `log_prob`.")
 
 
 def gather(log_probs, targets):
