@@ -21,8 +21,8 @@ from bench import entry, interleaved, publish
 
 import bayescal as bc
 from bayescal.config import command_line
-from bayescal.decompose import decompose_draws, rows
-from bayescal.decompose.draws import _decompose_draws
+from bayescal.decompose import decompose_draws
+from bayescal.decompose.draws import BLOCK_NUMBERS, TOGETHER, _decompose_draws
 
 PEERS = ("torch", "torch-uncertainty")
 
@@ -137,27 +137,28 @@ def machine(logits: np.ndarray) -> dict[str, Callable]:
     return {"exponential alone": lambda: exponential(values), "numpy copy": lambda: np.copyto(target, logits)}
 
 
+def draw(network, inputs):
+    """One draw of a posterior over linear networks."""
+    return bc.Categorical((inputs @ network)[None])
+
+
 def streamed(config: Config) -> list[dict]:
-    """Draws of a linear network, predicted and folded in, against the same draws all there at once."""
+    """Draws predicted and folded in one at a time, against the same draws all there at once."""
     number, classes = config.stream
-    inputs = jnp.asarray(np.random.default_rng(0).standard_normal((number, 64)).astype(np.float32))
-    keys = jax.random.split(jax.random.key(0), config.draws)
-
-    def draw(key, inputs):
-        return bc.Categorical((inputs @ jax.random.normal(key, (64, classes)) / 4)[None])
-
-    def at_once():
-        logits = jax.lax.map(lambda key: draw(key, inputs).logits[0], keys)
-        return bc.decompose(bc.Categorical(logits), ood=no_score)
-
-    forms = {"ours": lambda: decompose_draws(draw, keys, inputs), "all draws at once": at_once}
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.standard_normal((number, 64), np.float32))
+    networks = jnp.asarray(rng.standard_normal((config.draws, 64, classes), np.float32) / 4)
+    predict = jax.jit(lambda: jax.lax.map(lambda network: draw(network, inputs).logits[0], networks))
+    forms = {
+        "ours": lambda: decompose_draws(draw, networks, inputs),
+        "all draws at once": lambda: bc.decompose(bc.Categorical(predict()), ood=no_score),
+    }
     seconds = interleaved(forms, max(1, config.rounds // 3), time.perf_counter)
-    size = min(number, max(1, rows.CACHE_NUMBERS // classes))
-    memory = _decompose_draws.lower(draw, size, config.draws, keys, inputs, ()).compile().memory_analysis()
-    line = entry(f"streamed, [{config.draws}, {number}, {classes}]", "all draws at once", *seconds.values())
+    size = min(number, max(1, BLOCK_NUMBERS // (TOGETHER * classes)))
+    memory = _decompose_draws.lower(draw, size, config.draws, networks, inputs, ()).compile().memory_analysis()
     assert memory is not None
-    line["memory_share"] = memory.temp_size_in_bytes / (4 * config.draws * number * classes)
-    return [line]
+    line = entry(f"streamed, [{config.draws}, {number}, {classes}]", "all draws at once", *seconds.values())
+    return [line | {"memory_share": memory.temp_size_in_bytes / (4 * config.draws * number * classes)}]
 
 
 def main(config: Config, folder: Path) -> list[dict]:

@@ -21,7 +21,7 @@ from bayescal.decompose.information import (
     standing_logits,
 )
 from bayescal.decompose.normal import matched_information
-from bayescal.decompose.rows import map_blocks, numbers_at_once
+from bayescal.decompose.rows import MEMORY_NUMBERS, in_blocks, map_blocks, numbers_at_once
 from bayescal.decompose.uncertainty import Uncertainty, check_raw
 from bayescal.predictive import (
     Categorical,
@@ -29,6 +29,7 @@ from bayescal.predictive import (
     Predictive,
     Probabilities,
     float32_or_wider,
+    merge_members,
     refuse,
     variance_of_means,
     weighted_sum,
@@ -63,11 +64,11 @@ class LogPool(NamedTuple):
 class ClassDraws(NamedTuple):
     """What draws of class probabilities leave: two numbers a class, and a few for each example.
 
-    weight: of all draws, in total or per example; pool: their mean distribution; entropy: mean of the draws' own;
+    weight: of all draws; pool: their mean distribution; entropy: mean of the draws' own;
     information: mutual information; energy: mean free energy, None for probabilities; each (*batch,), nats.
     """
 
-    weight: Float[jax.Array, "*#batch"]
+    weight: Float[jax.Array, "*batch"]
     pool: LogPool
     entropy: Float[jax.Array, "*batch"]
     information: Float[jax.Array, "*batch"]
@@ -81,7 +82,7 @@ class NormalDraws(NamedTuple):
     variance `spread`, the mean noise, and the mean of what is known of the means' own variance.
     """
 
-    weight: Float[jax.Array, "*#batch"]
+    weight: Float[jax.Array, "*batch"]
     reference: Float[jax.Array, "*batch dim"]
     offset: Float[jax.Array, "*batch dim"]
     spread: Float[jax.Array, "*batch dim"]
@@ -90,6 +91,9 @@ class NormalDraws(NamedTuple):
 
 
 Draws = ClassDraws | NormalDraws
+
+TOGETHER = 8  # draws that are folded in as one: a block of members costs a quarter of as many merges
+BLOCK_NUMBERS = 2**19  # of these draws on a CPU: 2 MB in float32, enough rows for a network to be worth its call
 
 
 def accumulate(pred: Predictive) -> Draws:
@@ -141,9 +145,9 @@ def _accumulate_normals(pred: Gaussian) -> NormalDraws:
 
 def _total_weight(pred: Predictive, dtype) -> jax.Array:
     if pred.member_weights is None:
-        return jnp.full((1,) * len(pred.batch_shape), pred.num_members, dtype)
+        return jnp.full(pred.batch_shape, pred.num_members, dtype)
     total = jnp.asarray(pred.member_weights, dtype).sum(0)
-    return total.reshape(total.shape or (1,) * len(pred.batch_shape))
+    return jnp.broadcast_to(total if total.ndim else total.reshape((1,) * len(pred.batch_shape)), pred.batch_shape)
 
 
 def merge(a: Draws, b: Draws) -> Draws:
@@ -231,7 +235,7 @@ def finish(draws: Draws) -> Uncertainty:
 def decompose_draws(draw: Callable, draws, inputs, *shared, rows: int | None = None) -> Uncertainty:
     """What `decompose` gives for all draws together, which are never there together: predicted, folded in and forgotten.
 
-    One program goes through the rows in blocks, and for each through the draws, one after another, so a draw that makes its
+    One program goes through the rows in blocks, and for each through the draws, a few at a time, so a draw that makes its
     own network makes it once a block: where networks fit in memory pass them as `draws`. It compiles once for a `draw`:
     keep that in a variable.
 
@@ -240,7 +244,7 @@ def decompose_draws(draw: Callable, draws, inputs, *shared, rows: int | None = N
         draws: pytree of arrays with a leading axis: keys, or networks (an ensemble's stacked variables).
         inputs: pytree of arrays (rows, ...).
         shared: pytrees that all draws get, such as a network's variables.
-        rows: of a block; None = as many as hold about 2**15 numbers of one draw on a CPU, 2**27 elsewhere.
+        rows: of a block; None = as many as hold 2**19 numbers of eight draws on a CPU, 2**27 elsewhere.
 
     Raises:
         ValueError: for no draws, inputs of different lengths, or a number of rows below 1.
@@ -248,7 +252,8 @@ def decompose_draws(draw: Callable, draws, inputs, *shared, rows: int | None = N
     number, length = _leading("draws", draws), _leading("inputs", inputs)
     if rows is None:
         one = jax.eval_shape(draw, *_one_of(draws, inputs), *shared)
-        rows = max(1, numbers_at_once(jax.default_backend()) // max(1, sum(x.size for x in jax.tree.leaves(one))))
+        numbers = BLOCK_NUMBERS if jax.default_backend() == "cpu" else MEMORY_NUMBERS
+        rows = max(1, numbers // max(1, TOGETHER * sum(x.size for x in jax.tree.leaves(one))))
     if not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1:
         raise ValueError(f"`rows` must be a whole number of at least 1, got {rows!r}. Leave it out for a good one.")
     return _decompose_draws(draw, min(int(rows), length), number, draws, inputs, shared)
@@ -256,17 +261,25 @@ def decompose_draws(draw: Callable, draws, inputs, *shared, rows: int | None = N
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _decompose_draws(draw, size, number, draws, inputs, shared):
-    several = math.isqrt(number)  # folded into one before they join the rest: fewer roundings one after another
+    together = min(TOGETHER, number)
+    whole, rest = divmod(number, together)
+    several = math.isqrt(whole)  # groups that are folded into one before they join the rest: fewer roundings in a row
 
     def block(first):
         own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 0), inputs)
-        one = lambda i: accumulate(draw(jax.tree.map(lambda x: x[i], draws), own, *shared))
-        folded = lambda start, stop: jax.lax.fori_loop(
-            start + 1, stop, lambda i, found: merge(found, one(i)), one(start)
-        )
-        group = lambda g: folded(g * several, jnp.minimum((g + 1) * several, number))
-        groups = -(-number // several)
-        return finish(jax.lax.fori_loop(1, groups, lambda g, found: merge(found, group(g)), group(0)))
+        one = lambda i: draw(jax.tree.map(lambda x: x[i], draws), own, *shared)
+
+        def group(start, members):
+            pred = merge_members(jax.lax.map(one, start + jnp.arange(members)))
+            return in_blocks(accumulate, pred, numbers=numbers_at_once(jax.default_backend()))
+
+        def folded(g):
+            stop = jnp.minimum((g + 1) * several, whole)
+            join = lambda i, found: merge(found, group(i * together, together))
+            return jax.lax.fori_loop(g * several + 1, stop, join, group(g * several * together, together))
+
+        found = jax.lax.fori_loop(1, -(-whole // several), lambda g, found: merge(found, folded(g)), folded(0))
+        return finish(merge(found, group(whole * together, rest)) if rest else found)
 
     return map_blocks(block, jax.tree.leaves(inputs)[0].shape[0], size)
 
