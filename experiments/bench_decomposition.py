@@ -143,7 +143,7 @@ def draw(network, inputs):
 
 
 def streamed(config: Config) -> list[dict]:
-    """Draws predicted and folded in one at a time, against the same draws all there at once."""
+    """Draws predicted and folded in a few at a time, against the same draws all there at once."""
     number, classes = config.stream
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.standard_normal((number, 64), np.float32))
@@ -171,7 +171,7 @@ def main(config: Config, folder: Path) -> list[dict]:
         f"Wall clock, medians of {config.rounds} rounds in turn, {len(jax.devices())} devices. Ratios are peer / ours of the "
         "same round, median [range]: above 1 = ours is faster; of the exponential alone and the copy, what share of ours they "
         f"take. Nanoseconds per logit: {', '.join(f'{case}: {x:.2f}' for case, x in speed.items())}. Beside inputs and "
-        f"result the streamed form takes {share:.4f} of the memory of all draws."
+        f"result the streamed form (a third of the rounds) takes {share:.4f} of the memory of all draws."
     )
     print(about)
     return publish(entries, folder, title="Decomposition against PyTorch", about=about, peers=PEERS, absent=absent)

@@ -6,7 +6,8 @@ In distribution are all classes but two; those two are near, other kinds of imag
 against MNIST and KMNIST, read from the folder that BAYESCAL_DATA names; each repetition holds out another two classes.
 `data=digits` (scikit-learn's): against digits with their pixels shuffled and with their colours inverted.
 
-One score is chosen, on held-out classes of the validation part alone. Then all are measured on test.
+One score is chosen, on held-out classes of the validation part alone. Then all are measured on test, whose "held out" are
+other images of these classes; the far sets have no part in any choice.
 """
 
 import os

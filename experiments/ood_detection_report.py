@@ -85,7 +85,7 @@ def write(folder: Path, result: dict[str, Any], groups: dict[str, list[str]], fo
         f"Accuracy on test: {right}. Chosen on held-out classes of the validation part: {chosen}. AUROC, "
         "the positive class being outside; mean ± "
         f"standard error over {count} repetitions, which hold out {result['held_out']}. Near: {', '.join(groups['near'])}; "
-        f"far: {', '.join(groups['far'])}."
+        f"far: {', '.join(groups['far'])}. Held out on test are other images of the classes that the score was chosen on."
     )
     differences = (
         "Last columns: the ensemble's AUROC less the mean of its members', paired by repetition, with 95 % t intervals. Not "

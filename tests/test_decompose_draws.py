@@ -189,6 +189,32 @@ def test_draws_are_predicted_and_forgotten(rng, key):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts, whole)
 
 
+def test_weights_of_draws_count_as_they_are(rng):
+    """Draws of weight 0 and 7, for all rows or row by row, in groups that are full and not."""
+
+    def classes(own, inputs):
+        logits, weight = own
+        return bc.Categorical(inputs @ logits[None], weight[None])
+
+    def normals(own, inputs):
+        means, weight = own
+        mean = (inputs @ means)[None]
+        return bc.Gaussian(mean, jnp.ones_like(mean), None, weight[None])
+
+    networks, inputs = rng.normal(size=(19, 4, 3)).astype(np.float32), rng.normal(size=(6, 4)).astype(np.float32)
+    every = np.einsum("nf,sfk->snk", inputs, networks)
+    weights = np.ones(19, np.float32)
+    weights[[0, 3, 18]] = 0, 7, 0
+    for number in (16, 19):
+        given, own = weights[:number], networks[:number]
+        whole = bc.decompose(bc.Categorical(every[:number], given))
+        parts = decompose_draws(classes, (own, given), inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), parts, whole)
+        whole = bc.decompose(bc.Gaussian(every[:number], np.ones_like(every[:number]), None, given))
+        parts = decompose_draws(normals, (own, given), inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), parts, whole)
+
+
 def test_a_hundred_draws_of_a_thousand_classes_take_less_than_a_hundredth_of_their_memory():
     draws, number, classes = 100, 2000, 1000
 

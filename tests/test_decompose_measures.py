@@ -190,7 +190,7 @@ def test_bounds_enclose_the_information_of_normals(rng, key):
     weights = np.array([1, 2, 0, 1], np.float32)
     pred = bc.Gaussian(mean, variance, None, weights)
     low, high = (np.asarray(x) for x in information_bounds(pred))
-    drawn = jax.vmap(pred.sample)(jax.random.split(key, 20_000))
+    drawn = jax.vmap(pred.sample)(jax.random.split(key, 4_000))
     surprise = -np.asarray(jax.vmap(pred.log_prob)(drawn), np.float64)
     own = np.average(np.asarray(pred.member_entropy()), axis=0, weights=weights)
     information, error = surprise.mean(0) - own, surprise.std(0) / np.sqrt(len(surprise))
@@ -294,7 +294,7 @@ def test_correction_against_a_loop(rng):
     logits = rng.normal(size=(5, 7, 3)).astype(np.float32)
     whole = oracles.mutual_information(logits)
     parts = np.array([oracles.mutual_information(np.delete(logits, s, 0)) for s in range(5)])
-    value = (5 * whole - 4 * parts).mean(0)
+    value = np.minimum((5 * whole - 4 * parts).mean(0), math.log(3))
     pseudo = 5 * np.log(whole) - 4 * np.log(parts)
     centre, error = pseudo.mean(0), pseudo.std(0, ddof=1) / math.sqrt(5)
     padded = np.insert(logits, 2, np.nan, 0)
@@ -302,10 +302,42 @@ def test_correction_against_a_loop(rng):
     for pred in (bc.Categorical(logits), bc.Categorical(padded, weights)):
         found = corrected_mutual_information(pred)
         np.testing.assert_allclose(found.value, value, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(found.low, np.exp(centre - 2.7764451 * error), rtol=1e-4)
-        np.testing.assert_allclose(found.high, np.exp(centre + 2.7764451 * error), rtol=1e-4)
+        np.testing.assert_allclose(found.low, np.minimum(np.exp(centre - 2.7764451 * error), math.log(3)), rtol=1e-4)
+        np.testing.assert_allclose(found.high, np.minimum(np.exp(centre + 2.7764451 * error), math.log(3)), rtol=1e-4)
     same = corrected_mutual_information(bc.Categorical(logits[[0, 0, 0]]))
     assert not same.value.any() and np.isnan(same.low).all() and np.isnan(same.high).all()
+
+
+def test_a_correction_stays_possible():
+    """Never above log classes; and no interval where the members say nothing of it."""
+    apart = corrected_mutual_information(bc.Probabilities(jnp.eye(4)[:, None]))
+    np.testing.assert_allclose(apart.value, [math.log(4)], rtol=1e-6)
+    dissent = corrected_mutual_information(bc.Probabilities(jnp.array([[[0.9, 0.1]], [[0.9, 0.1]], [[0.5, 0.5]]])))
+    for found in (apart, dissent):
+        assert np.isnan(found.low).all() and np.isnan(found.high).all() and np.isfinite(found.value).all()
+    wide = corrected_mutual_information(bc.Categorical(6 * jax.random.normal(jax.random.key(0), (3, 200, 2))))
+    assert (np.asarray(wide.value) <= math.log(2) + 1e-6).all()
+    assert (np.asarray(wide.high)[np.isfinite(wide.high)] <= math.log(2) + 1e-6).all()
+
+
+@pytest.mark.parametrize("gap", [0.0, 18.0, 30.0])
+@pytest.mark.parametrize("apart", [1e-5, 1e-2, 1.0])
+def test_class_variance_keeps_its_digits(rng, gap, apart):
+    logits = (rng.normal(size=(1, 60, 4)) + apart * rng.normal(size=(5, 60, 4))).astype(np.float32)
+    logits[..., 0] += np.float32(gap)
+    shifted = logits.astype(np.longdouble) - logits.max(-1, keepdims=True)
+    probs = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    rest = probs[..., 1:].sum(-1)
+    truth = probs[..., 1:].var(0).sum(-1) + rest.var(0)
+    found = np.asarray(class_variance_parts(bc.Categorical(logits))[1], float)
+    np.testing.assert_allclose(found, truth.astype(float), rtol=1e-4, atol=1e-36)  # squares underflow
+
+
+def test_undefined_dirichlets_are_never_familiar():
+    concentration = np.array([[[np.inf, 1, 1], [0, 1, 1], [2, 1, 1]]], np.float32)
+    for part in bc.decompose(bc.Dirichlet(concentration))[1:]:
+        assert np.isnan(part[0]) and np.isfinite(part[2])
+    assert np.isnan(vacuity(bc.Dirichlet(concentration))[1])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from bayescal.decompose.information import ClassPredictive, check_classes, mutual_information
 from bayescal.decompose.rows import row_by_row
 from bayescal.decompose.uncertainty import check_raw
+from bayescal.predictive import undefined_where
 
 
 class Corrected(NamedTuple):
@@ -29,8 +30,9 @@ def corrected_mutual_information(pred: ClassPredictive) -> Corrected:
     variance that is divided by S. The jackknife takes the term in 1 / S away; what is left is of order 1 / S^2. The value
     may fall slightly below zero where the truth is near zero. The interval is that of the jackknife of log I with Student's
     t of S - 1 degrees: for how often it covers, and for dissent so rare that few members show it, which no interval from
-    the members can know of, see `docs/decomposition.md`. It is NaN where all members agree to the bit. Higher = more unlike
-    the training data.
+    the members can know of, see `docs/decomposition.md`. Neither value nor ends are above log classes, which the information
+    cannot be. The interval is NaN where the members say nothing of it: where all, or all but one, agree to the bit, or leaving
+    one out is the same for each. Higher = more unlike the training data.
 
     Args:
         pred: predictive of at least three members that weigh the same; members of weight 0 are left out. Not inside jit
@@ -58,11 +60,14 @@ def _jackknife(pred, quantile):
         return mutual_information(jax.tree.map(lambda x: x[kept], pred))
 
     parts = jax.lax.map(without, jnp.arange(members))
-    value = whole + (members - 1) * (whole - parts.mean(0))
-    logs = jnp.log(parts)
-    pseudo = jnp.log(whole) + (members - 1) * (jnp.log(whole) - logs)
+    most = jnp.log(jnp.asarray(pred.num_classes if hasattr(pred, "num_classes") else 2, whole.dtype))
+    value = jnp.minimum(whole + (members - 1) * (whole - parts.mean(0)), most)
+    mute = (parts.min(0) == parts.max(0)) | (parts.min(0) <= 0)
+    logs, own = jnp.log(jnp.where(mute, 1, parts)), jnp.log(jnp.where(mute, 1, whole))
+    pseudo = own + (members - 1) * (own - logs)
     centre, half = pseudo.mean(0), quantile * pseudo.std(0, ddof=1) / members**0.5
-    return Corrected(value, jnp.exp(centre - half), jnp.exp(centre + half))
+    ends = (undefined_where(mute, jnp.minimum(jnp.exp(x), most)) for x in (centre - half, centre + half))
+    return Corrected(value, *ends)
 
 
 def _equal_members(pred):

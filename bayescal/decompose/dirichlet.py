@@ -9,7 +9,7 @@ from jax.scipy.special import digamma, gammaln, polygamma
 from jaxtyping import Float
 
 from bayescal.decompose.information import mutual_information
-from bayescal.predictive import Dirichlet, Probabilities, float32_or_wider, refuse, weighted_sum
+from bayescal.predictive import Dirichlet, Probabilities, float32_or_wider, refuse, undefined_where, weighted_sum
 
 LARGE = (
     8.0  # from which the asymptotic series of digamma and of the logarithm of gamma are right to float32's last digit
@@ -57,14 +57,17 @@ def vacuity(pred: Dirichlet) -> Float[jax.Array, "*batch"]:
     """Mean over members of classes / precision, in (0, 1] for evidential networks; higher = more unlike the training data.
 
     Args:
-        pred: mixture of Dirichlets; concentrations below 1 can take it above 1.
+        pred: mixture of Dirichlets; concentrations below 1 can take it above 1. NaN where one that counts is not positive
+            or not finite.
 
     Raises:
         TypeError: for another family.
     Source: Sensoy et al. 2018, Evidential deep learning (recalled).
     """
     _check_dirichlet(pred, "vacuity")
-    return weighted_sum(pred.num_classes / pred.precision(), pred.weights())
+    precision = pred.precision()
+    lost = ~jnp.isfinite(precision) | (pred.concentration <= 0).any(-1)
+    return weighted_sum(undefined_where(lost, pred.num_classes / precision), pred.weights())
 
 
 def differential_entropy(pred: Dirichlet) -> Float[jax.Array, "*batch"]:

@@ -29,7 +29,7 @@ from bayescal.predictive import (
     Predictive,
     Probabilities,
     float32_or_wider,
-    merge_members,
+    join_members,
     refuse,
     variance_of_means,
     weighted_sum,
@@ -270,7 +270,7 @@ def _decompose_draws(draw, size, number, draws, inputs, shared):
         one = lambda i: draw(jax.tree.map(lambda x: x[i], draws), own, *shared)
 
         def group(start, members):
-            pred = merge_members(jax.lax.map(one, start + jnp.arange(members)))
+            pred = join_members(jax.lax.map(one, start + jnp.arange(members)))  # weights count as they are
             return in_blocks(accumulate, pred, numbers=numbers_at_once(jax.default_backend()))
 
         def folded(g):

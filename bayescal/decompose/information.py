@@ -78,7 +78,7 @@ def reverse_mutual_information(pred: ClassPredictive) -> Float[jax.Array, "*batc
         pred: predictive; bfloat16 logits are promoted. Members of weight 0 are ignored.
     Source: Malinin and Gales 2021, Uncertainty estimation in autoregressive structured prediction (recalled).
     """
-    _, ratios, pooled, weights, axis = _side_by_side(pred)
+    _, ratios, pooled, weights, axis = side_by_side(pred)
     return _over(ratios, _reverse_terms(ratios, pooled), weights, axis)
 
 
@@ -100,7 +100,7 @@ def entropy_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
     The decomposition that belongs to the log score: total = H[p_mean]. The aleatoric part is right to 1e-7 nats, which is
     all of it where every member is surer than that; the epistemic part to its own digits.
     """
-    aleatoric, ratios, pooled, weights, axis = _side_by_side(pred)
+    aleatoric, ratios, pooled, weights, axis = side_by_side(pred)
     return aleatoric, divergence_of(ratios, pooled, weights, axis)
 
 
@@ -110,7 +110,7 @@ def pairwise_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
     total = mean over pairs of the cross-entropy of p_s under p_t: what one member expects of another's predictions.
     Source: Schweighofer et al. 2023 (recalled).
     """
-    aleatoric, ratios, pooled, weights, axis = _side_by_side(pred)
+    aleatoric, ratios, pooled, weights, axis = side_by_side(pred)
     both = _forward_terms(ratios, pooled) + _reverse_terms(ratios, pooled)
     return aleatoric, _over(ratios, both, weights, axis)
 
@@ -123,7 +123,7 @@ def check_classes(pred, what: str) -> None:
         refuse(type(pred).__name__, what, f"It is of class probabilities; see {other}.")
 
 
-def _side_by_side(pred):
+def side_by_side(pred: ClassPredictive):
     """(mean member entropy (*batch,), ratios, pooled, weights, axis of the classes)."""
     check_classes(pred, "mutual information")
     pred = pred.as_categorical() if isinstance(pred, Bernoulli) else pred
@@ -191,8 +191,10 @@ def standing_logits(logits, weights, axis: int = -1) -> Standing:
     peak = only(counted, undefined_where(peak <= IMPOSSIBLE, peak), 0)
     shifted = logits - peak
     exponential = jnp.exp(shifted)
-    norm = only(counted, exponential.sum(axis, keepdims=True), 1)
-    log_norm = jnp.log(norm)
+    at_peak = shifted == 0  # their exponentials are 1; what is above one of them is small where a member is sure
+    others = jnp.where(at_peak, 0, exponential).sum(axis, keepdims=True)
+    others = others + (at_peak.astype(logits.dtype).sum(axis, keepdims=True) - 1)
+    norm, log_norm = only(counted, 1 + others, 1), only(counted, jnp.log1p(others), 0)
     entropy = log_norm - (exponential * shifted).sum(axis, keepdims=True) / norm
     pick = lambda x: x[:1]
     if weights is not None:

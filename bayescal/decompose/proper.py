@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bayescal.decompose.information import ClassPredictive, check_classes
+from bayescal.decompose.information import ClassPredictive, check_classes, member_mean, side_by_side
 from bayescal.predictive import (
     Bernoulli,
     Probabilities,
     exact_top,
     float32_or_wider,
     weighted_sum,
-    weighted_variance,
 )
 
 CLOSE = (
@@ -25,14 +24,22 @@ def class_variance_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
     """(aleatoric, epistemic) = (mean_s sum_k p_sk (1 - p_sk), sum_k Var_s p_sk), in [0, 1), each (*batch,).
 
     The law of total variance for the indicator of every class, summed; also the decomposition of the Brier score, with
-    total = 1 - sum_k p_mean_k^2. Higher epistemic = more unlike the training data.
+    total = 1 - sum_k p_mean_k^2. Higher epistemic = more unlike the training data. Deviations are those of logits, and of the
+    most probable class what the others leave, so that members which are sure, or agree, keep their digits.
 
     Args:
         pred: predictive of classes. Members of weight 0 are ignored.
     Source: Sale et al. 2024, label-wise uncertainty (recalled); Kull and Flach 2015 for proper scores (recalled).
     """
     probs, rest, weights = _member_probs(pred)
-    return weighted_sum((probs * rest).sum(-1), weights[..., 0]), weighted_variance(probs, weights).sum(-1)
+    aleatoric = weighted_sum((probs * rest).sum(-1), weights[..., 0])
+    _, ratios, pooled, shares, axis = side_by_side(pred)
+    apart = ratios.lead * (ratios.excess - member_mean(ratios.excess, shares))  # p_s - p_mean
+    if not isinstance(
+        pred, Probabilities
+    ):  # deviations add up to zero: what rounding of a member's norm leaves is its own
+        apart = apart - ratios.lead * pooled.ratio * apart.sum(axis, keepdims=True)
+    return aleatoric, member_mean(apart**2, shares).sum(axis)[0]
 
 
 def zero_one_parts(pred: ClassPredictive) -> tuple[jax.Array, jax.Array]:
@@ -56,8 +63,8 @@ def proper_score_parts(entropy: Callable[[jax.Array], jax.Array]) -> Callable:
 
     D(p, q) = G(q) + <grad G(q), p - q> - G(p) >= 0 is G's Bregman divergence. Its mean is G(p_mean) - mean_s G(p_s). Where
     members are close it is the integral of -(1 - t) d^2/dt^2 G(q + t (p - q)), which does not cancel. For the log score
-    `entropy_parts` is made, for the Brier score `class_variance_parts`, and for the zero-one loss, whose G has corners,
-    `zero_one_parts`.
+    `entropy_parts` is made, for the Brier score `class_variance_parts`, which are exact where probabilities round to one, as
+    this is not, and for the zero-one loss, whose G has corners, `zero_one_parts`.
 
     Args:
         entropy: G, concave, with finite first and second derivatives wherever the members are: probabilities (classes,) ->
@@ -90,7 +97,8 @@ def proper_score_parts(entropy: Callable[[jax.Array], jax.Array]) -> Callable:
 
 
 def _member_probs(pred: ClassPredictive):
-    """p and 1 - p (member, *batch, classes), each to its own digits, and weights (member, *batch or ones, 1)."""
+    """p and 1 - p (member, *batch, classes), each to its own digits where there are logits, and weights (member, *batch or
+    ones, 1)."""
     check_classes(pred, "this measure")
     weights = pred.weights()[..., None]
     if isinstance(pred, Probabilities):

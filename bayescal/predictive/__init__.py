@@ -1,9 +1,17 @@
 """Predictive distributions as values: mixtures over members, the member axis first.
 
-Pooling happens in one function, `log_pool`, in log space; axes join in one function, `merge_members`.
+Pooling happens in one function, `log_pool`, in log space; axes join in one, `join_members`, which `merge_members` weighs.
 """
 
-from bayescal.predictive.axes import Predictive, concatenate, merge_members, stack_experiments, swap_batch_axes, take
+from bayescal.predictive.axes import (
+    Predictive,
+    concatenate,
+    join_members,
+    merge_members,
+    stack_experiments,
+    swap_batch_axes,
+    take,
+)
 from bayescal.predictive.categorical import Bernoulli, Categorical, exact_top, pool
 from bayescal.predictive.checks import all_good, check_predictive, check_rows, check_targets_and_weights
 from bayescal.predictive.dirichlet import Dirichlet
@@ -36,6 +44,7 @@ __all__ = [
     "float32_or_wider",
     "heteroscedastic",
     "homoscedastic",
+    "join_members",
     "log_pool",
     "merge_members",
     "normalised_weights",

@@ -17,20 +17,29 @@ from bayescal.types import Array
 Predictive = Categorical | Bernoulli | Gaussian | Probabilities | Dirichlet
 
 
+def join_members(stacked: Predictive) -> Predictive:
+    """Joins two leading axes (outer, inner) of every leaf into one member axis, outer-major; weights stay as they are.
+
+    Args:
+        stacked: predictive whose leaves carry an extra leading axis.
+    """
+    outer, inner = _leading(stacked)
+    return jax.tree.map(lambda x: x.reshape((outer * inner, *x.shape[2:])), stacked)
+
+
 def merge_members(stacked: Predictive, weights: Float[Array, "outer"] | None = None) -> Predictive:
     """Joins two leading axes (outer, inner) of every leaf into one member axis, outer-major.
 
-    The only place where axes join: draws of each member of an ensemble, heads of each network.
+    Here alone axes join: draws of each member of an ensemble, heads of each network.
 
     Args:
         stacked: predictive whose leaves carry an extra leading axis, as `vmap` over members returns it.
         weights: weight of each outer member; None = equal.
     """
-    outer, inner = _leading(stacked)
-    merged = jax.tree.map(lambda x: x.reshape((outer * inner, *x.shape[2:])), stacked)
+    inner, merged = _leading(stacked)[1], join_members(stacked)
     own = stacked.member_weights
     if own is not None:  # each outer member's own weights sum to one, whatever scale they came in
-        own = (own / own.sum(1, keepdims=True)).reshape(merged.member_weights.shape)
+        own = (own / own.sum(1, keepdims=True)).reshape(-1, *own.shape[2:])
     if weights is not None:
         repeated = jnp.repeat(jnp.asarray(weights), inner)
         own = repeated if own is None else repeated.reshape(-1, *[1] * (own.ndim - 1)) * own

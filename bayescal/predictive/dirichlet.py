@@ -16,7 +16,8 @@ class Dirichlet(Mixture):
     The predictive probabilities of a member are its mean, concentration / their sum.
 
     Args:
-        concentration: positive, one per class: evidence + 1 of an evidential network, exp(logits) of a prior network.
+        concentration: positive, one per class: evidence + 1 of an evidential network, exp(logits) of a prior network (which
+            overflows float32 from logits of 88 on: such rows are refused on the host, and NaN).
         member_weights: as in `Categorical`.
     """
 
