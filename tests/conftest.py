@@ -38,7 +38,7 @@ TESTS, MOST_MAPS = count(), 30_000
 
 @pytest.fixture(autouse=True)
 def room_for_programs():
-    """Every compiled program takes about 17 of the memory maps that a process may have, 65,530 on Linux; XLA crashes without."""
+    """A compiled program takes about 17 of the memory maps that a process may have, 65,530 on Linux; XLA crashes without."""
     yield
     maps = Path("/proc/self/maps")
     if next(TESTS) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
