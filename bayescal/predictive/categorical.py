@@ -12,7 +12,6 @@ from bayescal.predictive.mixture import (
     check_target_shape,
     float32_or_wider,
     host_targets,
-    log_pool,
     refuse,
     undefined_where,
     weighted_sum,
@@ -49,7 +48,7 @@ class Categorical(Mixture):
 
     def log_probs(self) -> Float[jax.Array, "*batch classes"]:
         """Log-probabilities of every class under the pool: log sum_s w_s p_s, nats."""
-        return log_pool(self.member_log_probs(), self.weights()[..., None])
+        return self.log_pooled(self.member_log_probs())
 
     def log_prob(self, targets: Int[Array, "*batch"]) -> Float[jax.Array, "*batch"]:
         """Log-probability of the target under the pool, nats, at most 0."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from bayescal.predictive.categorical import Categorical, gather
-from bayescal.predictive.mixture import Mixture, check_target_shape, float32_or_wider, log_pool, weighted_sum
+from bayescal.predictive.mixture import Mixture, check_target_shape, float32_or_wider, weighted_sum
 from bayescal.types import Array, Key, pytree
 
 
@@ -47,7 +47,7 @@ class Dirichlet(Mixture):
 
     def log_probs(self) -> Float[jax.Array, "*batch classes"]:
         """Log-probabilities of every class under the pool: log sum_s w_s concentration_s / precision_s, nats."""
-        return log_pool(self.member_log_probs(), self.weights()[..., None])
+        return self.log_pooled(self.member_log_probs())
 
     def log_prob(self, targets: Int[Array, "*batch"]) -> Float[jax.Array, "*batch"]:
         """Log-probability of the target under the pool, nats, at most 0."""

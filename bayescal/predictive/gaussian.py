@@ -14,7 +14,6 @@ from bayescal.predictive.mixture import (
     check_target_shape,
     float32_or_wider,
     host_targets,
-    log_pool,
     refuse,
     weighted_sum,
     weighted_variance,
@@ -66,7 +65,7 @@ class Gaussian(Mixture):
 
     def log_prob(self, targets: Float[Array, "*batch dim"]) -> Float[jax.Array, "*batch"]:
         """Log-density of the target under the mixture, nats (not that of the moment-matched normal)."""
-        return log_pool(self.member_log_prob(targets), self.weights())
+        return self.log_pooled(self.member_log_prob(targets))
 
     def pooled_mean(self) -> Float[jax.Array, "*batch dim"]:
         """Mean of the mixture, in the targets' unit."""

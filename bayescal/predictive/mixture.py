@@ -133,6 +133,13 @@ class Mixture:
         dtype = jnp.result_type(getattr(self, self.per_member))
         return normalised_weights(self.member_weights, self.num_members, len(self.batch_shape), dtype)
 
+    def log_pooled(self, log_probs: Float[jax.Array, "member *shape"]) -> Float[jax.Array, "*shape"]:
+        """`log_pool` of the members' log-probabilities (member, *batch, ...) with their weights; of one, its own."""
+        if self.num_members == 1 and self.member_weights is None:
+            return log_probs[0]
+        weights = self.weights()
+        return log_pool(log_probs, weights.reshape(weights.shape + (1,) * (log_probs.ndim - weights.ndim)))
+
     def check_shapes(self, layout: str) -> None:
         """Raises for a missing member axis or weights that do not fit; `layout` is the family's, in words."""
         check_axes(self.per_member, getattr(self, self.per_member), 1 + self.event_axes, layout)

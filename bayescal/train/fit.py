@@ -26,7 +26,7 @@ from bayescal.sharding import (
     run_members,
 )
 from bayescal.train.forms import choose
-from bayescal.train.member import Plan, Runner, advance, begin, finish, shuffle
+from bayescal.train.member import BLOCK, Plan, Runner, advance, begin, finish, several_epochs, shuffle
 from bayescal.train.predict import check_state
 from bayescal.train.progress import Progress
 from bayescal.train.result import result
@@ -38,6 +38,9 @@ from bayescal.types import Batch, Dataset, EnsembleState, Fit, Key, Method, Metr
 # Words folded into a member's key, one a purpose, so that no two uses share a stream: users fold in small numbers.
 _INIT, _TRAIN, _VALIDATE = 0x494E4954, 0x54524149, 0x56414C49
 VALIDATION_ROWS = 8192  # that go through a network at a time
+BLOCK_SECONDS = (
+    0.25  # of epochs that run as one program: starting one costs about a millisecond, and the line wants news
+)
 
 
 def fit(
@@ -129,6 +132,18 @@ def fit(
     def run(function, own, shared=()):
         return _run(function, plan, apart.build, forms.execution, settings, own, shared)
 
+    def train_epochs(carry, first: int, number: int):
+        """`number` epochs from `first` on: their carry, and info (member, epoch)."""
+        if forms.block is None:
+            return run(several_epochs, (carry, own), (first, number, rows, validation_rows))
+        steps, step_keys = run(shuffle, (own,), (first,))
+        parts = stream_epoch(train, np.asarray(runner.data), steps, forms.block, mesh)
+        for done_parts, part in enumerate(parts, 1):
+            carry = run(advance, (carry, own, part, step_keys), (rows,))
+            line.block(done_parts)
+        carry, info = run(finish, (carry, own), (first, validation_rows))
+        return carry, jax.tree.map(lambda x: x[:, None], info)
+
     with on(mesh):
         carry: Any = jax.eval_shape(partial(run, begin), *begin_with)
         steps, step_keys = jax.eval_shape(partial(run, shuffle), (own,), (0,))
@@ -150,33 +165,28 @@ def fit(
         contexts.enter_context(on(mesh))
         carry = run(begin, *begin_with) if carry is None else carry
         seconds = {"first_epoch": 0.0, "later_epochs": 0.0, "epochs": 0}
-        began = time.perf_counter()
-        for epoch in range(done, epochs):
-            if epoch > done + 1:  # read the epoch before the last while the last one runs
-                history[-2] = fetch_numpy(history[-2])
-            before = history[-1:] if epoch == done else history[-2:-1]
-            if before and not before[0]["training"].any():
-                break
-            line.update(epoch - (epoch > done), before)
-            steps, step_keys = run(shuffle, (own,), (epoch,))
-            parts = (
-                [steps]
-                if forms.block is None
-                else stream_epoch(train, np.asarray(runner.data), steps, forms.block, mesh)
-            )
-            for number, part in enumerate(parts, 1):
-                carry = run(advance, (carry, own, part, step_keys), (rows,))
-                line.block(number)
-            carry, info = run(finish, (carry, own), (epoch, validation_rows))
-            history.append(info)
-            if saved and saved.due(epoch + 1):
-                history = fetch_numpy(history)
+        began = last = time.perf_counter()
+        most = 1 if forms.block is not None or jax.process_count() > 1 else BLOCK
+        epoch, size, running = done, 1, None  # size: epochs of the next program
+        while epoch < epochs and (not history or history[-1]["training"].any()):
+            number = min(size, epochs - epoch, saved.until_due(epoch) if saved else epochs)
+            carry, info = train_epochs(carry, epoch, number)
+            before, running = running, (info, number)
+            epoch, seconds["epochs"] = epoch + number, seconds["epochs"] + number
+            told = _told(before)  # by the program before, while this one runs
+            first = epoch == done + number
+            if first or (saved and saved.due(epoch)):
+                told, running = told + _told(running), None
+            history += told
+            if saved and saved.due(epoch):
                 saved.save(carry, history)
-            if epoch == done:
-                jax.block_until_ready(carry)
+            if told and epoch < epochs:
+                line.update(len(history), history[-1:])
+                last, since = time.perf_counter(), last
+                size = max(1, min(most, 2 * size, int(BLOCK_SECONDS * len(told) / (last - since))))
+            if first:
                 seconds["first_epoch"] = time.perf_counter() - began
-            seconds["epochs"] += 1
-        history = fetch_numpy(history)
+        history += _told(running)
         line.update(len(history), history[-1:], over=True)
         if saved:
             saved.save(carry, history)
@@ -184,6 +194,14 @@ def fit(
         seconds["later_epochs"] = time.perf_counter() - began - seconds["first_epoch"]
     ensembled = len(apart.shape) == 2 or method.members is not None
     return result(apart, ensembled, carry, history, seconds, mesh)
+
+
+def _told(block: tuple[dict, int] | None) -> list[dict]:
+    """Each epoch's info, numpy arrays (member,), of the block (info, number of epochs) once it is over."""
+    if block is None:
+        return []
+    info, number = fetch_numpy(block[0]), block[1]
+    return [{k: v[:, i] for k, v in info.items()} for i in range(number)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -284,16 +302,18 @@ def _check_control(score, patience, validation) -> None:
 def _check_targets(apart: Runners, keys, starts, data: Stacked, name: str) -> None:
     """Asks the predictive that the first member would give whether it can score these targets."""
 
-    def predictive(settings, keys, starts):
-        first = jax.tree.map(lambda x: x[0], (settings, keys, starts))
-        method = apart.build(first[0])
-        return method.predict(method.init(*first[1:]), data.data.inputs, None)
-
     try:
-        pred = jax.eval_shape(predictive, apart.settings, keys, starts)
+        pred = _first_predictive.eval_shape(apart.build, apart.settings, keys, starts, data.data.inputs)
     except _BRANCHES as error:
         raise _branch_error(error, apart.settings) from error
     try:
         pred.check_targets(data.data.targets)
     except ValueError as error:
         raise ValueError(str(error).replace("`targets`", f"`{name}`")) from None
+
+
+@partial(jax.jit, static_argnums=0)
+def _first_predictive(build, settings, keys, starts, inputs):
+    first = jax.tree.map(lambda x: x[0], (settings, keys, starts))
+    method = build(first[0])
+    return method.predict(method.init(*first[1:]), inputs, None)

@@ -1,5 +1,6 @@
 """The training of one member as pure functions of its carry: what every execution, device count and resume runs."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,11 @@ from bayescal.types import REASONS, Array, Batch, Key, Method, Metric, PyTree
 
 TRAINING, STOPPED_EARLY, LOSS_NOT_FINITE, STATE_NOT_FINITE, LOSS_TOO_HIGH, EXCLUDED = range(len(REASONS))
 EXPLODED = 1e3  # an epoch loss above so many times the first batch's has diverged
+BLOCK = 64  # epochs that one program can hold the info of
 LEAST_FIRST = 1e-2  # nats: a first loss nearer to zero counts as this much, since a loss may start at or below zero
+
+
+FLAGS = ("trained", "training", "alive")  # of an epoch's info: made an update, goes on, counts in predictions
 
 
 class Plan(NamedTuple):
@@ -118,28 +123,63 @@ def shuffle(plan: Plan, method: Method, runner: Runner, epoch: jax.Array) -> tup
 def advance(plan: Plan, method: Method, carry: Carry, runner: Runner, steps: Steps, step_key: Key, rows: Rows) -> Carry:
     """One update a batch for as long as the loss is finite; a member that has stopped makes none.
 
-    A loop with a condition, so that freezing costs a member nothing that trains.
+    A loop with a condition, so that freezing costs a member nothing that trains. In it stands what has to: on CPU a step of
+    a small network takes as long as its number of operations, and the rest is done for all steps at once.
     """
-
-    def step(place, carry):
-        given = jax.tree.map(lambda x: x[place], steps)
-        batch = _batch(plan, runner, given, rows)
-        state, info = method.update(carry.state, batch, jax.random.fold_in(step_key, given.number))
-        info = {k: jnp.asarray(v, jnp.float32) for k, v in info.items()}
-        finite, seen = jnp.isfinite(info["loss"]), given.padding.sum()
-        sums = {k: carry.sums.info[k] + seen * info[k] for k in carry.sums.info}
-        return place + 1, carry._replace(
-            state=state,
-            status=jnp.where(finite, carry.status, LOSS_NOT_FINITE),
-            updates=carry.updates + finite,
-            first_loss=jnp.where(carry.updates == 0, info["loss"], carry.first_loss),
-            last_loss=jnp.where(finite, info["loss"], carry.last_loss),
-            sums=Sums(carry.sums.rows + seen, sums),
-        )
-
+    seen, weights = steps.padding.sum(1), _weights(plan, runner, steps, rows)
     number = steps.number.shape[0]
-    goes_on = lambda at: (at[0] < number) & (at[1].status == TRAINING)
-    return jax.lax.while_loop(goes_on, lambda at: step(*at), (jnp.int32(0), carry))[1]
+    number_if_training = jnp.where(carry.status == TRAINING, number, 0)
+
+    def step(at):
+        place, state, _, told = at
+        given, own = jax.tree.map(partial(_entry, place), (steps, weights))
+        state, info = method.update(
+            state, _batch(plan, runner, given, own, rows), jax.random.fold_in(step_key, given.number)
+        )
+        info = {k: jnp.asarray(info[k], jnp.float32) for k in told}
+        told = {k: jax.lax.dynamic_update_index_in_dim(v, info[k], place, 0) for k, v in told.items()}
+        return place + 1, state, jnp.isfinite(info["loss"]), told
+
+    goes_on = lambda at: (at[0] < number_if_training) & at[2]
+    start = jnp.int32(0), carry.state, jnp.bool(True), {k: jnp.zeros(number, jnp.float32) for k in carry.sums.info}
+    made, state, finite, told = jax.lax.while_loop(goes_on, step, start)
+    sums = Sums(seen, {k: seen * v for k, v in told.items()})
+    sums = jax.tree.map(lambda total, x: total + jnp.where(jnp.arange(number) < made, x, 0).sum(), carry.sums, sums)
+    sound = jnp.where(finite, made, made - 1)  # updates with a finite loss: all, or all but the last
+    first, last = told["loss"][0], _entry(jnp.maximum(sound - 1, 0), told["loss"])
+    return carry._replace(
+        state=state,
+        status=jnp.where(finite, carry.status, LOSS_NOT_FINITE),
+        updates=carry.updates + sound,
+        first_loss=jnp.where((carry.updates == 0) & (made > 0), first, carry.first_loss),
+        last_loss=jnp.where(sound > 0, last, carry.last_loss),
+        sums=sums,
+    )
+
+
+def several_epochs(
+    plan: Plan,
+    method: Method,
+    carry: Carry,
+    runner: Runner,
+    first: jax.Array,
+    number: jax.Array,
+    rows: Rows,
+    validation: Rows | None,
+) -> tuple[Carry, dict[str, jax.Array]]:
+    """`number` epochs, at most `BLOCK`, from epoch `first` on; and their info, (BLOCK,) of which as many entries count."""
+
+    def one(place, at):
+        carry, told = at
+        epoch = first + place
+        steps, step_key = shuffle(plan, method, runner, epoch)
+        carry = advance(plan, method, carry, runner, steps, step_key, rows)
+        carry, info = finish(plan, method, carry, runner, epoch, validation)
+        return carry, {k: jax.lax.dynamic_update_index_in_dim(told[k], v, place, 0) for k, v in info.items()}
+
+    names = {**carry.sums.info, **({"validation_score": 0} if plan.validation_rows else {})}
+    told = {k: jnp.zeros(BLOCK, jnp.float32) for k in names} | {k: jnp.zeros(BLOCK, bool) for k in FLAGS}
+    return jax.lax.fori_loop(0, number, one, (carry, told))
 
 
 def finish(
@@ -172,20 +212,32 @@ def finish(
         stopped_epoch=jnp.where(stopped, epoch, carry.stopped_epoch),
         sums=_no_sums(carry.sums.info),
     )
-    flags = {"trained": trained, "training": status == TRAINING, "alive": status <= STOPPED_EARLY}
-    return carry, {**info, **flags}
+    flags = (trained, status == TRAINING, status <= STOPPED_EARLY)
+    return carry, {**info, **dict(zip(FLAGS, flags, strict=True))}
 
 
-def _batch(plan: Plan, runner: Runner, given: Steps, rows: Rows) -> Batch:
+def _weights(plan: Plan, runner: Runner, steps: Steps, rows: Rows) -> jax.Array:
+    """(steps, batch): as in `Batch`, of all steps."""
+    own = isinstance(runner.weights, tuple)
+    weights = _rows(rows.weights, steps.index + runner.data * plan.rows) if own else _rows(runner.weights, steps.index)
+    return weights * steps.padding * (plan.batch_size / steps.padding.sum(1, keepdims=True))
+
+
+def _batch(plan: Plan, runner: Runner, given: Steps, weights: jax.Array, rows: Rows) -> Batch:
     index = over_data(given.index)
-    place = index + runner.data * plan.rows
     if given.inputs is None:
-        inputs, targets = (jax.tree.map(lambda x: x[place], part) for part in (rows.inputs, rows.targets))
+        inputs, targets = jax.tree.map(lambda x: _rows(x, index + runner.data * plan.rows), (rows.inputs, rows.targets))
     else:
         inputs, targets = jax.tree.map(over_data, (given.inputs, given.targets))
-    weights = rows.weights[place] if isinstance(runner.weights, tuple) else runner.weights[index]
-    padding = over_data(given.padding)
-    return Batch(inputs, targets, weights * padding * (plan.batch_size / padding.sum()), index)
+    return Batch(inputs, targets, over_data(weights), index)
+
+
+def _entry(place: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, place, keepdims=False)
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="promise_in_bounds")
 
 
 def _score(plan: Plan, method: Method, state: PyTree, runner: Runner, validation) -> jax.Array:

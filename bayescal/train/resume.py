@@ -55,6 +55,10 @@ class Resumable:
         """Whether the carry after `done` epochs is to be saved; the last one always is."""
         return done % self.settings.every == 0
 
+    def until_due(self, done: int) -> int:
+        """Epochs after `done` until the carry is to be saved next, at least 1."""
+        return self.settings.every - done % self.settings.every
+
     def save(self, carry: Carry, history: list[dict]) -> None:
         """Saves the carry and the history of all epochs so far in the background, unless they are saved already."""
         if len(history) == self.saved:
