@@ -173,7 +173,11 @@ def resize(tree, number: int):
 
 @partial(jax.jit, static_argnums=1)
 def _resize(tree, number):
-    return jax.tree.map(lambda x: x[jnp.minimum(jnp.arange(number), x.shape[0] - 1)], tree)
+    def one(x):
+        copies = jnp.broadcast_to(x[-1:], (max(0, number - x.shape[0]), *x.shape[1:]))
+        return jnp.concatenate([x[:number], copies])
+
+    return jax.tree.map(one, tree)
 
 
 def place(tree, mesh: Mesh | None, *spec: str | None):

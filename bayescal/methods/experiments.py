@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -66,10 +67,15 @@ def runners(method: Method) -> Runners:
 
 def runner_keys(method: Method, key: Key) -> Key:
     """One key a runner: experiment e has `fold_in(key, e)`, its member m has that folded with m."""
-    if method.experiments is None:
-        return key[None] if method.members is None else member_keys(key, method.members.number)
-    keys, inner = member_keys(key, method.experiments.number), _inner(method.experiments)
-    return keys if inner is None else jax.vmap(lambda k: member_keys(k, inner.number))(keys).reshape(-1)
+    return _keys(runners(method).shape, key)
+
+
+@partial(jax.jit, static_argnums=0)
+def _keys(shape: tuple[int, ...], key: Key) -> Key:
+    keys = key[None]
+    for number in shape:
+        keys = jax.vmap(lambda k, number=number: member_keys(k, number))(keys).reshape(-1)
+    return keys
 
 
 def runner_start(method: Method, start: PyTree | None) -> PyTree | None:

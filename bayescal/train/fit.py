@@ -26,7 +26,7 @@ from bayescal.sharding import (
     run_members,
 )
 from bayescal.train.forms import choose
-from bayescal.train.member import BLOCK, Plan, Runner, advance, begin, finish, several_epochs, shuffle
+from bayescal.train.member import BLOCK, Plan, Runner, advance, begin, finish, several_epochs, shuffle, traced_once
 from bayescal.train.predict import check_state
 from bayescal.train.progress import Progress
 from bayescal.train.result import result
@@ -123,11 +123,11 @@ def fit(
 
     alive = np.zeros(width, bool)  # what fills up the devices never trains
     alive[: apart.number] = np.asarray(start.alive).ravel() if isinstance(start, EnsembleState) else True
-    spread = lambda tree: place(resize(tree, width), mesh, "member")
-    settings, own = spread(apart.settings), spread(runner)
+    filled = resize((apart.settings, runner, init_keys, starts), width)
+    settings, own, *begin_own = place((*filled, alive), mesh, "member")
     rows = place(resident(train, forms.block is not None), mesh)
     validation_rows = None if held_out is None else place(separate(held_out), mesh)
-    begin_with = (spread(init_keys), spread(starts), spread(alive)), (_example(train, plan),)
+    begin_with = tuple(begin_own), (_example(train, plan),)
 
     def run(function, own, shared=()):
         return _run(function, plan, apart.build, forms.execution, settings, own, shared)
@@ -316,4 +316,4 @@ def _check_targets(apart: Runners, keys, starts, data: Stacked, name: str) -> No
 def _first_predictive(build, settings, keys, starts, inputs):
     first = jax.tree.map(lambda x: x[0], (settings, keys, starts))
     method = build(first[0])
-    return method.predict(method.init(*first[1:]), inputs, None)
+    return method.predict(traced_once(method.init)(*first[1:]), inputs, None)

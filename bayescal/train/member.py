@@ -94,8 +94,8 @@ class Steps(NamedTuple):
 
 def begin(plan: Plan, method: Method, key: Key, start: PyTree, alive: jax.Array, example: Batch) -> Carry:
     """The carry before the first epoch; `example` is a batch of abstract rows, for the names in `update`'s info."""
-    state = method.init(key, start)
-    info = jax.eval_shape(lambda s, b, k: method.update(s, b, k)[1], state, example, key)
+    state = traced_once(method.init)(key, start)
+    info = jax.eval_shape(traced_once(method.update), state, example, key)[1]
     nan = jnp.array(jnp.nan, jnp.float32)
     return Carry(
         state=state,
@@ -129,11 +129,12 @@ def advance(plan: Plan, method: Method, carry: Carry, runner: Runner, steps: Ste
     seen, weights = steps.padding.sum(1), _weights(plan, runner, steps, rows)
     number = steps.number.shape[0]
     number_if_training = jnp.where(carry.status == TRAINING, number, 0)
+    update = traced_once(method.update)
 
     def step(at):
         place, state, _, told = at
         given, own = jax.tree.map(partial(_entry, place), (steps, weights))
-        state, info = method.update(
+        state, info = update(
             state, _batch(plan, runner, given, own, rows), jax.random.fold_in(step_key, given.number)
         )
         info = {k: jnp.asarray(info[k], jnp.float32) for k in told}
@@ -216,6 +217,11 @@ def finish(
     return carry, {**info, **dict(zip(FLAGS, flags, strict=True))}
 
 
+def traced_once(function):
+    """The same function, traced once for all programs that call it; it leaves no mark in them."""
+    return jax.jit(function, inline=True)
+
+
 def _weights(plan: Plan, runner: Runner, steps: Steps, rows: Rows) -> jax.Array:
     """(steps, batch): as in `Batch`, of all steps."""
     own = isinstance(runner.weights, tuple)
@@ -236,8 +242,8 @@ def _entry(place: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, place, keepdims=False)
 
 
-def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[index].get(mode="promise_in_bounds")
+def _rows(x: Array, index: jax.Array) -> jax.Array:
+    return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
 
 
 def _score(plan: Plan, method: Method, state: PyTree, runner: Runner, validation) -> jax.Array:

@@ -1,5 +1,6 @@
 """From the carries of all members to a `Fit`: cut, shaped like the method, and told in words."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bayescal.methods.experiments import Runners
-from bayescal.sharding import fetch, fetch_numpy, place, resize
+from bayescal.sharding import fetch, fetch_numpy, place
 from bayescal.train.member import STOPPED_EARLY, TRAINING, Carry
 from bayescal.types import REASONS, EnsembleState, Fit, MemberReport
 
@@ -32,9 +33,6 @@ def result(
         ValueError: where no member's state, last or best, is usable.
     """
     several = jax.process_count() > 1
-    if carry.status.shape[0] != apart.number:
-        carry = resize(fetch(carry), apart.number)
-        carry = place(carry, mesh) if several else carry
     shape = apart.shape or (1,)
     shaped = lambda x: fetch_numpy(x)[: apart.number].reshape(shape)
     history = {k: np.stack([shaped(epoch[k]) for epoch in epochs]) for k in epochs[0]}
@@ -55,7 +53,11 @@ def result(
             f"`score` must be a number for at least one member and epoch, got {history['validation_score'][-1].ravel()} "
             "in the last. Check the validation rows and the metric."
         )
-    states = _reshaped((carry.state, carry.best if validated else carry.state), apart.shape)
+    states = carry.state, carry.best if validated else carry.state
+    if carry.status.shape != apart.shape:
+        cut = carry.status.shape[0] != apart.number
+        states = _reshaped(fetch(states) if cut else states, apart.shape)
+        states = place(states, mesh) if cut and several else states
     if ensembled:
         alive = (jnp.asarray(report.alive), jnp.asarray(best_alive))
         alive = place(alive, mesh) if several else alive
@@ -77,6 +79,4 @@ def _report(carry: Carry, epochs: int, shaped: Callable[[Any], np.ndarray]) -> M
 
 @partial(jax.jit, static_argnums=1)
 def _reshaped(states, shape):
-    if len(shape) == 1:
-        return states
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]) if shape else x[0], states)
+    return jax.tree.map(lambda x: x[: math.prod(shape)].reshape(*shape, *x.shape[1:]), states)
