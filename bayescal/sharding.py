@@ -185,9 +185,11 @@ def place(tree, mesh: Mesh | None, *spec: str | None):
     if mesh is None:
         return jax.device_put(tree)
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
 
     def one(x):
-        if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, sharding)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = one(np.asarray(jax.random.key_data(x)))
@@ -203,16 +205,17 @@ def fetch(tree) -> Any:
 
     With several processes all of them must call it together.
     """
-
-    def one(x):
-        if not isinstance(x, jax.Array) or len(x.devices()) == 1:
-            return x
-        if x.is_fully_addressable:
-            return jax.device_put(x, min(x.devices(), key=lambda d: d.id))
-        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # pyright: ignore
-        return jax.jit(_same, out_shardings=everywhere)(x).addressable_data(0)
-
-    return jax.tree.map(one, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    for place, x in enumerate(leaves):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # pyright: ignore
+            leaves[place] = jax.jit(_same, out_shardings=everywhere)(x).addressable_data(0)
+    spread = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and len(x.devices()) > 1]
+    if spread:
+        device = min(leaves[spread[0]].devices(), key=lambda d: d.id)
+        for i, x in zip(spread, jax.device_put([leaves[i] for i in spread], device), strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _same(x):
@@ -221,7 +224,7 @@ def _same(x):
 
 def fetch_numpy(tree) -> Any:
     """Every leaf as a numpy array, wherever its parts were."""
-    return jax.tree.map(np.asarray, fetch(tree))
+    return jax.tree.map(np.asarray, tree if jax.process_count() == 1 else fetch(tree))
 
 
 def uncommitted(tree):

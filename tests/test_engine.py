@@ -12,7 +12,9 @@ from methods import blobs, pure_model
 
 import bayescal as bc
 from bayescal.methods.ensemble import member_keys
+from bayescal.methods.experiments import runner_keys, runners
 from bayescal.methods.resample import member_rows
+from bayescal.train import forms
 
 pytestmark = pytest.mark.core
 FORMS = {"map": ("map", 1), "vmap": ("vmap", 1), "groups": (2, 1), "mesh": ("map", 2)}
@@ -311,3 +313,27 @@ def test_streaming_rows_that_do_not_divide_the_devices(key):
     one = bc.fit(bc.ensemble(sgd(0.1), 2), blobs(), key, mesh=bc.make_mesh(1), **settings)
     two = bc.fit(bc.ensemble(sgd(0.1), 2), blobs(), key, mesh=bc.make_mesh(1, 2), stream=2, **settings)
     np.testing.assert_allclose(states(one)[1], states(two)[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("members", "hidden", "expected"), [(8, 5, "vmap"), (6, 5, "map"), (8, 3000, "map")])
+def test_many_tiny_members_run_side_by_side(key, members, hidden, expected, monkeypatch):
+    module = sys.modules["bayescal.train.fit"]
+    taken, choose = [], module.choose
+    monkeypatch.setattr(module, "choose", lambda *args, **kwargs: taken.append(choose(*args, **kwargs)) or taken[-1])
+    model = bc.models.mlp(4, (hidden,), 3)
+    method = bc.ensemble(bc.map_estimate(model, bc.Categorical, optax.sgd(0.01)), members)
+    settings = dict(epochs=1, batch_size=20, mesh=bc.make_mesh(2), progress=False)
+    default = bc.fit(method, blobs(), key, **settings)
+    assert [form.execution for form in taken] == [expected]
+    assert bc.fit(method, blobs(), key, execution="map", **settings).history["loss"] == pytest.approx(
+        default.history["loss"], rel=1e-5
+    )
+
+
+def test_convolutions_never_run_side_by_side_on_cpu(key):
+    model = bc.models.convnet((4, 4, 1), (2,), 4, 2)
+    method = bc.ensemble(bc.map_estimate(model, bc.Categorical, optax.sgd(0.1)), 4)
+    apart = runners(method)
+    assert not forms._is_tiny(apart, 2, runner_keys(method, key), None)
+    dense = bc.ensemble(bc.map_estimate(bc.models.mlp(2, (4,), 2), bc.Categorical, optax.sgd(0.1)), 4)
+    assert forms._is_tiny(runners(dense), 2, runner_keys(dense, key), None)

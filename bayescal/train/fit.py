@@ -118,7 +118,17 @@ def fit(
     saving = checkpoint if isinstance(checkpoint, Checkpoint | None) else Checkpoint(checkpoint)
     earlier = {} if saving is None else facts(saving.folder).get("forms", {})
     forms = choose(
-        apart, train, plan, mesh, width, starts, stream=stream, execution=execution, earlier=earlier, estimate=progress
+        apart,
+        train,
+        plan,
+        mesh,
+        width,
+        init_keys,
+        starts,
+        stream=stream,
+        execution=execution,
+        earlier=earlier,
+        estimate=progress,
     )
 
     alive = np.zeros(width, bool)  # what fills up the devices never trains

@@ -9,10 +9,16 @@ from bayescal.liveness import tree_bytes
 from bayescal.memory import Memory, device_budget, member_chunk, training_memory
 from bayescal.methods.experiments import Runners
 from bayescal.sharding import Execution, agree, default_execution
-from bayescal.train.member import Plan
+from bayescal.train.member import Plan, traced_once
 from bayescal.train.rows import Stacked
 from bayescal.train.stream import block_steps
 from bayescal.types import Dataset
+
+# On CPU members run one after another, but for tiny dense networks, whose steps cost as much as they have operations:
+# `experiments/bench_execution.py`, two cores: side by side 1.3 to 1.6 x as fast with 552 parameters, 1.1 to 1.3 x with 3,102
+# (Adam, batches of 32), no gain with three members a device, and slower from 10^7 operations a step on.
+FEW = 4  # members a device
+TINY = 3e5  # numbers in a member's state x rows of a batch
 
 
 class Forms(NamedTuple):
@@ -34,6 +40,7 @@ def choose(
     plan: Plan,
     mesh: Mesh | None,
     width: int,
+    init_keys,
     starts,
     *,
     stream: int | None,
@@ -44,7 +51,7 @@ def choose(
     """What was asked for, else what an earlier process of this training took, else what fits and is fastest.
 
     Args:
-        apart, train, plan, mesh, starts: of the training.
+        apart, train, plan, mesh, init_keys, starts: of the training.
         width: runners, with those that only fill up the devices.
         stream, execution: as given to `fit`.
         earlier: the forms that are on record.
@@ -59,13 +66,31 @@ def choose(
     if execution is None:
         execution = earlier.get("execution")
     how = default_execution(mesh) if execution is None else execution
+    free = execution is None and how != "map"
+    if execution is None and jax.default_backend() == "cpu" and _shares_no_rows(mesh) and per_device >= FEW:
+        how = "vmap" if _is_tiny(apart, plan.batch_size, init_keys, starts) else "map"
     memory = None
-    if estimate or (execution is None and how != "map"):
+    if estimate or free:
         memory = _memory(apart, train, plan, per_device, starts, block)
-    if execution is None and how != "map" and memory is not None:
+    if free and memory is not None:
         how = agree(_side_by_side(memory))
         how = "map" if how == 1 else "vmap" if how >= per_device else how
     return Forms(block, how, memory)
+
+
+def _shares_no_rows(mesh: Mesh | None) -> bool:
+    return mesh is None or mesh.shape.get("data", 1) == 1
+
+
+def _is_tiny(apart: Runners, batch_size: int, init_keys, starts) -> bool:
+    """Whether a member has little to compute and no convolution, to judge by the shapes of its state."""
+
+    def begin(*of_all):
+        settings, key, start = jax.tree.map(lambda x: x[0], of_all)
+        return traced_once(apart.build(settings).init)(key, start)
+
+    state = jax.tree.leaves(jax.eval_shape(begin, apart.settings, init_keys, starts))
+    return sum(x.size for x in state) * batch_size <= TINY and all(x.ndim <= 2 for x in state)
 
 
 def _side_by_side(memory: Memory) -> int:

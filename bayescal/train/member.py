@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bayescal.sharding import over_data
+from bayescal.train.shuffle import permutation
 from bayescal.types import REASONS, Array, Batch, Key, Method, Metric, PyTree
 
 TRAINING, STOPPED_EARLY, LOSS_NOT_FINITE, STATE_NOT_FINITE, LOSS_TOO_HIGH, EXCLUDED = range(len(REASONS))
@@ -114,7 +115,7 @@ def begin(plan: Plan, method: Method, key: Key, start: PyTree, alive: jax.Array,
 def shuffle(plan: Plan, method: Method, runner: Runner, epoch: jax.Array) -> tuple[Steps, Key]:
     """The batches of an epoch, and the key of its steps: both come from the epoch's number alone."""
     order_key, step_key = jax.random.split(jax.random.fold_in(runner.train_key, epoch))
-    order = jax.random.permutation(order_key, plan.rows)
+    order = permutation(order_key, plan.rows)
     places = jnp.arange(plan.steps * plan.batch_size).reshape(plan.steps, plan.batch_size)
     padding = (places < plan.rows).astype(jnp.float32)
     return Steps(jnp.arange(plan.steps), order[places % plan.rows].astype(jnp.int32), padding), step_key
@@ -134,9 +135,7 @@ def advance(plan: Plan, method: Method, carry: Carry, runner: Runner, steps: Ste
     def step(at):
         place, state, _, told = at
         given, own = jax.tree.map(partial(_entry, place), (steps, weights))
-        state, info = update(
-            state, _batch(plan, runner, given, own, rows), jax.random.fold_in(step_key, given.number)
-        )
+        state, info = update(state, _batch(plan, runner, given, own, rows), jax.random.fold_in(step_key, given.number))
         info = {k: jnp.asarray(info[k], jnp.float32) for k in told}
         told = {k: jax.lax.dynamic_update_index_in_dim(v, info[k], place, 0) for k, v in told.items()}
         return place + 1, state, jnp.isfinite(info["loss"]), told
