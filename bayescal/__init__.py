@@ -59,6 +59,7 @@ from bayescal.predictive import (
     rescale,
     take,
 )
+from bayescal.programs import keep_programs
 from bayescal.recorded import evaluate_file
 from bayescal.sharding import make_mesh, use_all_cores
 from bayescal.train import fit, predict, predict_features
@@ -139,6 +140,7 @@ __all__ = [  # in the order of the data flow
     "from_nnx",
     "heteroscedastic",
     "homoscedastic",
+    "keep_programs",
     "load",
     "log_pool",
     "make_mesh",

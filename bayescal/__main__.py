@@ -18,9 +18,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     one.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     given = parser.parse_args(arguments)
-    from bayescal.recorded import evaluate_file  # after the arguments: jax takes a second to import
+    from bayescal.programs import keep_programs  # after the arguments: jax takes a second to import
+    from bayescal.recorded import evaluate_file
     from bayescal.recorded_page import print_table
 
+    keep_programs()
     settings = {"num_bins": given.num_bins, "num_replicates": given.bootstrap, "seed": given.seed}
     try:
         result = evaluate_file(given.file, out=given.out, clip=given.clip, **settings)

@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 C = TypeVar("C")
 
 
@@ -28,6 +26,8 @@ def load_config(schema: type[C], path: str | Path | None = None, overrides: Sequ
             or a file that holds no mapping.
         FileNotFoundError: for a missing file.
     """
+    import yaml
+
     values: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
@@ -74,6 +74,8 @@ def command_line(schema: type[C], words: Sequence[str]) -> tuple[C, Path]:
 
 
 def _convert(key: str, value, hint):
+    import yaml
+
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:

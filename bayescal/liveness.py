@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-from jax.extend.core import Literal, jaxprs_in_params
 
 from bayescal.types import PyTree
 
@@ -109,6 +108,8 @@ def _peak(jaxpr, caller=None) -> int:
 
 def _steps(jaxpr, values: dict) -> Iterator[_Step]:
     """The equations in order, calls inlined; fills `values`: variable -> value, None for arguments and constants."""
+    from jax.extend.core import jaxprs_in_params  # slow to import: all of Pallas comes along
+
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, list(jaxprs_in_params(eqn.params))
         reads = [_value(values, v) for v in eqn.invars]
@@ -155,6 +156,8 @@ def _materialised(steps: list[_Step], results: set) -> list[_Step]:
 
 
 def _value(values: dict, variable) -> _Value | None:
+    from jax.extend.core import Literal
+
     return None if isinstance(variable, Literal) else values.get(variable)
 
 

@@ -179,4 +179,5 @@ def main(config: Config, folder: Path) -> list[dict]:
 
 if __name__ == "__main__":
     bc.use_all_cores()
+    bc.keep_programs()
     main(*command_line(Config, sys.argv))

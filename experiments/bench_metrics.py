@@ -321,4 +321,5 @@ def main(config: Config, folder: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
+    bc.keep_programs()  # in this process alone: the fresh one compiles, as a first call does
     main(*command_line(Config, sys.argv))

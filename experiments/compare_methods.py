@@ -331,4 +331,5 @@ CONVENTIONS = {
 
 if __name__ == "__main__":
     bc.use_all_cores()
+    bc.keep_programs()
     main(*command_line(Config, sys.argv))

@@ -68,4 +68,5 @@ def main(config: Config, folder: Path) -> dict[str, dict[str, bc.Estimate]]:
 
 
 if __name__ == "__main__":
+    bc.keep_programs()
     main(*command_line(Config, sys.argv))

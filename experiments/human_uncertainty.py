@@ -217,6 +217,7 @@ def figure(pools, pred, votes):
 
 if __name__ == "__main__":
     bc.use_all_cores()
+    bc.keep_programs()
     try:
         main(*command_line(Config, sys.argv))
     except FileNotFoundError as error:

@@ -281,6 +281,7 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     bc.use_all_cores()
+    bc.keep_programs()
     try:
         main(*command_line(Config, sys.argv))
     except FileNotFoundError as error:

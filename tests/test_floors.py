@@ -17,6 +17,7 @@ FLOORS = {
             "binning",
             "models",
             "sharding",
+            "programs",
             "memory",
             "liveness",
             "data",

@@ -1,14 +1,16 @@
 """Maximum a posteriori training of one network: the base of most other methods."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.core import Tracer
 
 from bayescal.types import Key, Method, Model, PyTree, Variables
+
+if TYPE_CHECKING:
+    import optax  # whoever trains brings it; who only measures need not wait for it
 
 
 class MAPState(NamedTuple):
@@ -19,14 +21,15 @@ class MAPState(NamedTuple):
     step: jax.Array
 
 
-def init(key: Key, start: PyTree | None, model: Model, optimizer: optax.GradientTransformation) -> MAPState:
+def init(key: Key, start: PyTree | None, model: Model, optimizer: "optax.GradientTransformation") -> MAPState:
     """A fresh network, or the one in `start` (`Variables`, or a state that has `variables`) with a fresh optimiser."""
     variables = model.init(key) if start is None else start_variables(start)
     return MAPState(variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32))
 
 
-def update(state: MAPState, batch, key: Key, objective: Callable, optimizer: optax.GradientTransformation):
+def update(state: MAPState, batch, key: Key, objective: Callable, optimizer: "optax.GradientTransformation"):
     """One optimiser step on the objective; returns the state and the objective's info."""
+    import optax
 
     def of_params(params):
         return objective(state.variables._replace(params=params), batch, key, state.step)
@@ -45,7 +48,7 @@ def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: 
 def map_estimate(
     model: Model,
     likelihood: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     *,
     loss: Callable | None = None,
     objective: Callable | None = None,
@@ -72,6 +75,8 @@ def map_estimate(
     Raises:
         ValueError: a prior or penalty without `num_data`; `loss` or a prior beside `objective`; negative settings.
     """
+    import optax
+
     no_prior = isinstance(prior_precision, (int, float)) and prior_precision == 0
     check_positive(num_data=num_data)
     if not isinstance(prior_precision, Tracer) and not prior_precision >= 0:

@@ -1,13 +1,16 @@
 """Monte-Carlo dropout: a trained network whose dropout stays on at prediction."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
-import optax
 
 from bayescal.methods.map_estimate import MAPState, map_estimate, one_member
 from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model
+
+if TYPE_CHECKING:
+    import optax
 
 
 def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: Callable, num_draws: int):
@@ -32,7 +35,7 @@ def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: 
 def mc_dropout(
     model: Model,
     likelihood: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     *,
     num_draws: int,
     **settings,

@@ -1,11 +1,10 @@
 """Mean-field variational inference over all weights of any network, through NumPyro."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from bayescal.methods.map_estimate import (
@@ -18,6 +17,9 @@ from bayescal.methods.map_estimate import (
 from bayescal.methods.mc_dropout import check_draws
 from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model, PyTree, Variables
+
+if TYPE_CHECKING:
+    import optax
 
 
 class VariationalState(NamedTuple):
@@ -89,6 +91,7 @@ def init(key: Key, start: PyTree | None, model: Model, optimizer, family: MeanFi
 
 def update(state, batch, key, model, likelihood, optimizer, family, num_data, temperature):
     """One step on the negative evidence lower bound per example: mean nll + temperature * KL / num_data."""
+    import optax
     from numpyro import factor
     from numpyro.infer import TraceMeanField_ELBO
     from numpyro.primitives import mutable
@@ -141,7 +144,7 @@ def draw(state: VariationalState, key: Key, family: MeanField) -> Variables:
 def variational(
     model: Model,
     likelihood: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     *,
     num_data: int,
     num_draws: int,

@@ -12,7 +12,7 @@ from bayescal.methods.ensemble import member_keys
 from bayescal.methods.map_estimate import one_member
 from bayescal.predictive import Predictive, merge_members
 from bayescal.sharding import run_members
-from bayescal.train.predict import check_state, in_chunks, join
+from bayescal.train.predict import check_state, over_rows
 from bayescal.types import EnsembleState, Key, Model, PyTree, Variables
 
 
@@ -59,9 +59,7 @@ def predict_features(
     networks = _networks(state)
     number = len(networks.alive) if isinstance(networks, EnsembleState) else 1
     function = _WithFeatures(model.features, model.head, likelihood)
-    chunks, last = in_chunks(function, networks, inputs, key, networks=number, chunk_size=chunk_size, mesh=mesh)
-    preds, features = zip(*chunks, strict=True)
-    return join(list(preds), last), jnp.concatenate([*features[:-1], features[-1][:, :last]], axis=1)
+    return over_rows(function, networks, inputs, key, networks=number, chunk_size=chunk_size, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from bayescal.metrics import nll
 from bayescal.sharding import (
     Execution,
     check_mesh,
+    default_execution,
     default_mesh,
     fetch_numpy,
     on,
@@ -139,8 +140,10 @@ def fit(
     validation_rows = None if held_out is None else place(separate(held_out), mesh)
     begin_with = tuple(begin_own), (_example(train, plan),)
 
-    def run(function, own, shared=()):
-        return _run(function, plan, apart.build, forms.execution, settings, own, shared)
+    def run(function, own, shared=(), execution=forms.execution):
+        return _run(function, plan, apart.build, execution, settings, own, shared)
+
+    begin_all = partial(run, begin, execution=default_execution(mesh))  # side by side it compiles slower
 
     def train_epochs(carry, first: int, number: int):
         """`number` epochs from `first` on: their carry, and info (member, epoch)."""
@@ -155,7 +158,7 @@ def fit(
         return carry, jax.tree.map(lambda x: x[:, None], info)
 
     with on(mesh):
-        carry: Any = jax.eval_shape(partial(run, begin), *begin_with)
+        carry: Any = jax.eval_shape(begin_all, *begin_with)
         steps, step_keys = jax.eval_shape(partial(run, shuffle), (own,), (0,))
     with contextlib.ExitStack() as contexts:
         saved = None
@@ -173,7 +176,7 @@ def fit(
         if forms.memory is not None and progress:
             line.say(forms.memory.sentence())
         contexts.enter_context(on(mesh))
-        carry = run(begin, *begin_with) if carry is None else carry
+        carry = begin_all(*begin_with) if carry is None else carry
         seconds = {"first_epoch": 0.0, "later_epochs": 0.0, "epochs": 0}
         began = last = time.perf_counter()
         most = 1 if forms.block is not None or jax.process_count() > 1 else BLOCK

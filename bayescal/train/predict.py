@@ -1,8 +1,10 @@
 """Prediction over data of any length, in chunks that all get the same key."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from numbers import Integral
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,11 +12,14 @@ from jax.sharding import Mesh
 
 from bayescal.data.checks import check_finite, check_rows_agree
 from bayescal.liveness import abstract, tree_bytes
-from bayescal.memory import device_budget, prediction_chunk
+from bayescal.memory import device_budget, prediction_block, prediction_chunk
 from bayescal.methods.experiments import runners
-from bayescal.predictive import Predictive, concatenate, swap_batch_axes, take
-from bayescal.sharding import check_mesh, default_mesh, fetch, on, place
+from bayescal.predictive import Predictive
+from bayescal.sharding import check_mesh, make_mesh, on, place
+from bayescal.train.blocks import Results, choose_sizes, in_blocks, join, lay_out, results_of, shares
 from bayescal.types import EnsembleState, Fit, Key, Method
+
+WORTH = 256  # rows of a device that are worth spreading them
 
 
 def predict(
@@ -28,9 +33,10 @@ def predict(
         inputs: array (rows, ...), or a pytree of such, finite. For a method of `experiments`, a list holds each
             experiment's own.
         key: random key of the draws; None = the mean network of each member.
-        chunk_size: rows that go through the network at a time; results do not depend on it beyond rounding. None = as
-            many as fit the device's memory by `bayescal.memory.prediction_chunk`, at most 8192.
-        mesh: devices that members are spread over; None = as many as there are members.
+        chunk_size: rows that go through the network at a time at the most; results do not depend on it beyond rounding.
+            None = as many a device as fit its memory by `bayescal.memory.prediction_chunk`, at most 8192.
+        mesh: devices, over whose member axis members are spread and over whose data axis rows; None = members over as
+            many as they can be shared evenly between, and rows over the others.
 
     Returns:
         Predictive with batch shape (rows,), or (experiment, rows) for a method of `experiments`, on one device.
@@ -40,21 +46,19 @@ def predict(
         TypeError: for a `Fit` where its state is meant.
     """
     networks = runners(method).shape[0] if method.members or method.experiments else 1
-    chunks, last = in_chunks(method.predict, state, inputs, key, networks=networks, chunk_size=chunk_size, mesh=mesh)
-    if method.experiments is None:
-        return join(chunks, last)
-    return swap_batch_axes(join([swap_batch_axes(pred) for pred in chunks], last))
+    return over_rows(method.predict, state, inputs, key, networks=networks, chunk_size=chunk_size, mesh=mesh)
 
 
-def in_chunks(
+def over_rows(
     function: Callable, state, inputs, key: Key | None, *, networks: int, chunk_size: int | None, mesh: Mesh | None
-) -> tuple[list, int]:
-    """What `function(state, chunk of inputs, key)` gives for each chunk, and how many rows count in the last.
+) -> Any:
+    """`function(state, inputs, key)` for all rows, a chunk of them at a time, and each chunk in blocks.
 
-    All chunks have as many rows, so that one program serves them; the last is filled up with rows from the front.
+    Rows are filled up to one of a few numbers, for each of which there is one program, and what is too much is cut.
 
     Args:
-        function: hashable, and equal where it is the same function, so that it compiles once.
+        function: hashable, and equal where it is the same function, so that it compiles once. Every leaf of its result
+            has an axis of rows, none of which depends on another, or is the same for any rows.
         state, inputs, key, chunk_size, mesh: as in `predict`.
         networks: how many the state holds, over which devices are spread.
 
@@ -66,56 +70,77 @@ def in_chunks(
     rows = check_rows_agree("inputs", inputs)
     check_state("state", state)
     check_mesh(mesh)
-    if chunk_size is None:
-        chunk_size = _fitting_chunk(function, state, inputs, key)
-    if not isinstance(chunk_size, Integral) or int(chunk_size) < 1:
+    if chunk_size is not None and (not isinstance(chunk_size, Integral) or int(chunk_size) < 1):
         raise ValueError(f"`chunk_size` must be a whole number of at least 1, got {chunk_size!r}. 8192 is the default.")
-    mesh = mesh or default_mesh(networks)
+    mesh = mesh or _default_mesh(networks, rows)
+    devices = dict(mesh.shape).get("data", 1) if mesh else 1
+    seen = _look(function, state, inputs, key, chunk_size is None)
+    most = -(-int(chunk_size) // devices) if chunk_size else seen.chunk
+    each = min(most, -(-rows // devices))
+    sizes = choose_sizes(each, seen.least, seen.most)
     if mesh is not None:
         state, key = _place_state(state, mesh), None if key is None else place(key, mesh)
-    chunks, last = [], rows
-    for first in range(0, rows, chunk_size):
-        chunk = inputs
-        if rows > chunk_size:
-            index = np.arange(first, first + chunk_size) % rows
-            chunk, last = jax.tree.map(lambda x, index=index: x[index], inputs), min(chunk_size, rows - first)
+    calls = []
+    for share in shares(rows, each, devices):
+        chunk, blocks = lay_out(inputs, share, devices, sizes.capacity), np.int32(-(-share.each // sizes.block))
+        if mesh is not None:
+            chunk = place(chunk, mesh, *["data"] * (devices > 1))
         with on(mesh):
-            result = _call(function, state, chunk if mesh is None else place(chunk, mesh), key)
+            result = _call(function, seen.results, sizes, state, chunk, key, blocks)
         if mesh is not None:  # where members do not divide the devices these talk to each other, and on CPU many such
             jax.block_until_ready(result)  # programs in flight use up the threads that they wait for
-        chunks.append(fetch(result))
-    return chunks, last
+        calls.append((share, jax.tree.leaves(result)))
+    return join(calls, seen.results, rows, sizes.capacity)
 
 
-def join(preds: list[Predictive], last: int) -> Predictive:
-    """One predictive from those of the chunks, of whose last only `last` rows count."""
-    return concatenate([*preds[:-1], take(preds[-1], np.arange(last))] if len(preds) > 1 else preds)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(function, results, sizes, state, inputs, key, count):
+    leaves = in_blocks(function, results, sizes, state, inputs, key, count)
+    return jax.tree.unflatten(results.structure, leaves)
 
 
-@partial(jax.jit, static_argnums=0)
-def _call(function, state, inputs, key):
-    return function(state, inputs, key)
+class _Looked(NamedTuple):
+    """What is known of a function before it is compiled: its results, and bounds on the rows of a block and a chunk."""
+
+    results: Results
+    least: int
+    most: int
+    chunk: int | None
 
 
-def _fitting_chunk(function, state, inputs, key) -> int:
-    """The largest chunk that fits beside the state; the estimate is traced once for the same shapes."""
+def _look(function, state, inputs, key, budgeted: bool) -> _Looked:
+    """Traced once for the same shapes of the state and of a row."""
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), jax.dtypes.result_type(x)), inputs)
     leaves, structure = jax.tree.flatten(abstract((state, row, key)))
-    return _chunk_of_shapes(function, structure, tuple((x.shape, x.dtype) for x in leaves))
+    return _look_at_shapes(function, structure, tuple((x.shape, x.dtype) for x in leaves), budgeted)
 
 
 @lru_cache(maxsize=16)
-def _chunk_of_shapes(function, structure, shapes) -> int:
-    leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    state, row, key = jax.tree.unflatten(structure, leaves)
-    return prediction_chunk(function, state, row, key, budget=max(device_budget() - tree_bytes(state), 0))
+def _look_at_shapes(function, structure, shapes, budgeted) -> _Looked:
+    args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
+    traced, chunk = jax.jit(function), None  # one trace a number of rows for all who look
+    if budgeted:
+        chunk = prediction_chunk(traced, *args, budget=max(device_budget() - tree_bytes(args[0]), 0))
+    if jax.default_backend() == "cpu":
+        return _Looked(results_of(traced, *args), *prediction_block(traced, *args), chunk)
+    return _Looked(results_of(traced, *args), 8192, 8192, chunk)
+
+
+def _default_mesh(networks: int, rows: int) -> Mesh | None:
+    """Networks over the devices that they can be shared evenly between, rows over the others; None for one device."""
+    devices = len(jax.devices())
+    members = math.gcd(networks, devices)
+    data = devices // members
+    if jax.process_count() == 1:  # all devices of all processes take part
+        data = max(1, min(data, rows // WORTH))
+    return None if members * data == networks == 1 else make_mesh(members, data)
 
 
 def _place_state(state, mesh: Mesh):
     """Members where their devices are, if they divide them; else everything everywhere."""
-    width = mesh.shape["member"]
+    width = dict(mesh.shape).get("member", 1)
     if isinstance(state, EnsembleState) and len(state.alive) % width == 0:
-        return EnsembleState(place(state.members, mesh, "member"), place(state.alive, mesh))
+        return EnsembleState(place(state.members, mesh, *["member"] * (width > 1)), place(state.alive, mesh))
     return place(state, mesh)
 
 
