@@ -12,6 +12,7 @@ import numpy as np
 from bayescal.config import versions
 from bayescal.report import Section, Table, save_json, write_report
 
+PHASES = ("steady", "floor", "growth", "process")  # in this order in what is published
 SETTLE = 0.05  # seconds: threads of the form before (OpenMP's) spin on, and the clock counts them
 
 
@@ -41,6 +42,17 @@ def interleaved(
     return {name: np.array(s) for name, s in seconds.items()}
 
 
+def installed(makers: Mapping[str, Callable], absent: dict[str, str], *args) -> dict[str, Callable]:
+    """`make(*args)` of every peer; those whose library is missing go into `absent`, with the reason."""
+    forms = {}
+    for name, make in makers.items():
+        try:
+            forms[name] = make(*args)
+        except ImportError as error:
+            absent[name] = str(error)
+    return forms
+
+
 def entry(case: str, peer: str, ours, theirs, *, phase: str = "steady", difference: float | None = None) -> dict:
     """One line of `bench.json`: paired ratios peer / ours, above 1 = ours is faster; median and range over rounds.
 
@@ -48,7 +60,8 @@ def entry(case: str, peer: str, ours, theirs, *, phase: str = "steady", differen
         case: what is computed, and on how many rows.
         peer: who else computed it, or a budget.
         ours, theirs: seconds of each round; of a budget one number.
-        phase: "steady" = after compilation, "process" = the first call of a fresh process.
+        phase: "steady" = after compilation, "floor" = the least this machine needs, "growth" = ours at another size,
+            "process" = the first call of a fresh process.
         difference: of the two results, the largest relative one; None = there is nothing to compare.
     """
     ours = np.asarray(ours)
@@ -70,7 +83,7 @@ def publish(
     entries: Sequence[dict], folder: Path, *, title: str, about: str, peers: Sequence[str], absent: Mapping[str, str]
 ) -> list[dict]:
     """Writes `bench.json`, `absent.json`, `versions.json` and `report.html`, prints the table, and returns the entries:
-    steady ones before those of a process, lost cases first.
+    phase after phase, lost cases first.
 
     Args:
         entries: as `entry` makes them.
@@ -80,7 +93,7 @@ def publish(
         peers: packages whose versions are kept.
         absent: peer -> why it did not run.
     """
-    entries = sorted(entries, key=lambda e: (e["phase"] != "steady", e["ratio"]["median"]))
+    entries = sorted(entries, key=lambda e: (PHASES.index(e["phase"]), e["ratio"]["median"]))
     save_json(folder / "bench.json", entries)
     save_json(folder / "absent.json", absent)
     save_json(folder / "versions.json", {**versions(), **_versions(peers)})

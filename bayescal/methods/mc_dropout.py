@@ -18,6 +18,10 @@ def predict(state: MAPState, inputs, key: Key | None, model: Model, likelihood: 
 
     One mask a draw makes each draw a function: the same for any chunking of the data and any batch mates. Every
     example alone sees the distribution that fresh masks would give it.
+
+    What comes before the first dropout is computed once for all draws: the compiler takes it out of the loop over them,
+    and where they run side by side it has no axis of draws. Random numbers are drawn per draw and unit, not per example,
+    so that fewer bits of them would save nothing.
     """
     if key is None:
         return likelihood(one_member(model.apply(state.variables, inputs, None)))

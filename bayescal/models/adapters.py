@@ -1,7 +1,7 @@
 """From flax networks to `Model`. Pure functions need no adapter: `Model(init, apply, train)`."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
 
     With a key, dropout (attention's own too) is switched on and every random stream of the module is seeded from the key; batch
     norm keeps its running moments. Without one the pass is deterministic. In `train` both are in training mode.
+    `nnx.Conv` layers run on `convolution`, fast in loops on CPU, unless they were given a function of their own.
 
     Args:
         build: `nnx.Rngs -> module`, called afresh for every initialisation.
@@ -36,9 +37,17 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
     """
     from flax import nnx
 
+    from bayescal.models.convolution import convolution
+
     def parts(module):
         graph, params, streams, stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
         return graph, params, streams, stats
+
+    def convolving(module):
+        for _, layer in nnx.iter_modules(module):
+            if isinstance(layer, nnx.Conv) and layer.conv_general_dilated is jax.lax.conv_general_dilated:
+                layer.conv_general_dilated = convolution
+        return module
 
     abstract: list = []  # filled once: graph definition and templates, without computing anything
 
@@ -47,7 +56,7 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
             graph_box: list = []
 
             def shapes(key):
-                graph, *states = parts(build(nnx.Rngs(key)))
+                graph, *states = parts(convolving(build(nnx.Rngs(key))))
                 graph_box.append(graph)
                 return states
 
@@ -163,7 +172,8 @@ def from_linen(
     """Model of a flax linen module.
 
     With a key, `nn.Dropout` is switched on (dropout inside attention layers is not); batch norm keeps its running
-    moments. Without one the pass is the evaluation one.
+    moments. Without one the pass is the evaluation one. `nn.Conv` layers run on `convolution`, fast in loops on CPU,
+    unless they were given a function of their own.
 
     Args:
         module: the linen module.
@@ -185,6 +195,8 @@ def from_linen(
     import flax.linen as nn
     from flax.errors import InvalidRngError
 
+    from bayescal.models.convolution import convolution
+
     train, evaluate = dict(train or {}), dict(evaluate or {})
     example = jax.tree.map(jnp.asarray, inputs)
 
@@ -192,12 +204,20 @@ def from_linen(
         layer = context.module
         if not isinstance(layer, nn.Dropout) or context.method_name != "__call__":
             return call(*args, **kwargs)
-        own = layer.deterministic
-        object.__setattr__(layer, "deterministic", None)  # linen refuses the argument beside the attribute
-        try:
+        with _attribute(layer, "deterministic", None):  # linen refuses the argument beside the attribute
             return call(*args[:1], **{**kwargs, "deterministic": False})
-        finally:
-            object.__setattr__(layer, "deterministic", own)
+
+    def convolving(call, args, kwargs, context):
+        layer = context.module
+        given = isinstance(layer, nn.Conv) and (layer.conv_general_dilated or layer.conv_general_dilated_cls)
+        if not isinstance(layer, nn.Conv) or given or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        with _attribute(layer, "conv_general_dilated_cls", lambda: convolution):
+            return call(*args, **kwargs)
+
+    def run(*args, **kwargs):
+        with nn.intercept_methods(convolving):
+            return module.apply(*args, **kwargs)
 
     def collections(variables: Variables):
         return {"params": variables.params, **(variables.stats or {})}
@@ -210,12 +230,12 @@ def from_linen(
     def forward(variables: Variables, inputs, key: Key | None, watch):
         if key is None:
             with watch:
-                return module.apply(collections(variables), inputs, **evaluate)
+                return run(collections(variables), inputs, **evaluate)
         with nn.intercept_methods(dropout_on):
             if not draws(lambda v, x: module.apply(v, x, **evaluate), collections(variables), inputs):
                 raise ValueError(_NO_STREAM)
             with watch:
-                return module.apply(collections(variables), inputs, rngs={stream: key}, **evaluate)
+                return run(collections(variables), inputs, rngs={stream: key}, **evaluate)
 
     def draws(call, *args) -> bool:
         try:  # without the stream: a network that needs none gets through
@@ -228,7 +248,7 @@ def from_linen(
         return forward(variables, inputs, key, nullcontext())
 
     def train_pass(variables: Variables, inputs, key: Key):
-        outputs, stats = module.apply(
+        outputs, stats = run(
             collections(variables), inputs, rngs={stream: key}, mutable=list(variables.stats or {}), **train
         )
         return outputs, stats, 0.0
@@ -278,3 +298,14 @@ def from_linen(
         return layer.apply(own, features)
 
     return Model(init, apply, train_pass, features, apply_head, (head,))
+
+
+@contextmanager
+def _attribute(layer, name: str, value):
+    """Within it a linen layer, which is frozen, has this attribute."""
+    own = getattr(layer, name)
+    object.__setattr__(layer, name, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(layer, name, own)

@@ -83,8 +83,8 @@ def _module():
             x = inputs
             for i, conv in enumerate(self.conv):
                 x = conv(x)
-                x = nnx.relu(self.norm[i](x) if self.norm else x)
-                x = max_pool(x)
+                x = self.norm[i](x) if self.norm else x
+                x = nnx.relu(max_pool(x))  # pooled first: the same, on a quarter of the pixels
                 x = self.dropout[i](x) if self.dropout else x
             x = self.dense(x.reshape(x.shape[0], -1))
             x = nnx.relu(self.norm[-1](x) if self.norm else x)

@@ -3,22 +3,23 @@
 from functools import cache
 
 from bayescal.models.adapters import from_nnx
-from bayescal.models.band import band_convolution
 from bayescal.models.convnet import max_pool
 from bayescal.models.dropout import Rate, check_dropout, dropout_layer, has_dropout
 from bayescal.types import Model
 
 
-def lenet(shape: tuple[int, int, int], out_features: int, *, dropout: Rate = 0.0) -> Model:
+def lenet(
+    shape: tuple[int, int, int], out_features: int, *, channels: tuple[int, int] = (6, 16), dropout: Rate = 0.0
+) -> Model:
     """LeNet-5 with ReLU and max-pooling: (batch, *shape) -> (batch, out_features).
 
-    5x5 convolution to 6 channels (same size), pooling, 5x5 convolution to 16 channels (no padding), pooling, dense 120,
-    dense 84, head. Its features are what the head is given, (batch, 84). With 28 x 28 x 1 images and 10 outputs it has
-    61,706 parameters.
+    5x5 convolution (same size), pooling, 5x5 convolution (no padding), pooling, dense 120, dense 84, head. Its features
+    are what the head is given, (batch, 84). With 28 x 28 x 1 images and 10 outputs it has 61,706 parameters.
 
     Args:
         shape: height, width and channels of an image; height and width at least 12 and divisible by 4.
         out_features: classes, or numbers per example.
+        channels: output channels of the two convolutions.
         dropout: rate after each pooling and each dense layer, in [0, 1); may be traced, see `dropout_layer`.
 
     Raises:
@@ -30,7 +31,7 @@ def lenet(shape: tuple[int, int, int], out_features: int, *, dropout: Rate = 0.0
         raise ValueError(
             f"`shape` must have height and width divisible by 4 and at least 12, got {shape}. Pad or resize the images."
         )
-    return from_nnx(lambda rngs: _module()(shape, out_features, dropout, rngs), head="head")
+    return from_nnx(lambda rngs: _module()(shape, out_features, channels, dropout, rngs), head="head")
 
 
 @cache  # jax keeps every module class for ever: one, and none that closes over a traced rate
@@ -38,10 +39,12 @@ def _module():
     from flax import nnx
 
     class LeNet(nnx.Module):
-        def __init__(self, shape, out_features, dropout, rngs):
+        def __init__(self, shape, out_features, channels, dropout, rngs):
             height, width, depth = shape
-            flat = (height // 2 - 4) // 2 * ((width // 2 - 4) // 2) * 16
-            self.conv = nnx.List([nnx.Conv(a, b, (5, 5), rngs=rngs) for a, b in ((depth, 6), (6, 16))])
+            first, second = channels
+            flat = (height // 2 - 4) // 2 * ((width // 2 - 4) // 2) * second
+            layers = (depth, first, "SAME"), (first, second, "VALID")
+            self.conv = nnx.List([nnx.Conv(a, b, (5, 5), padding=padding, rngs=rngs) for a, b, padding in layers])
             self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in ((flat, 120), (120, 84))])
             self.dropout = nnx.List([dropout_layer(dropout, rngs) for _ in range(4)] if has_dropout(dropout) else [])
             self.head = nnx.Linear(84, out_features, rngs=rngs)
@@ -49,8 +52,7 @@ def _module():
         def __call__(self, inputs):
             x = inputs
             for i, conv in enumerate(self.conv):
-                x = band_convolution(x, conv.kernel[...], margin=(2, 0)[i]) + conv.bias[...]  # pyright: ignore
-                x = max_pool(nnx.relu(x))
+                x = nnx.relu(max_pool(conv(x)))  # pooled first: the same, on a quarter of the pixels
                 x = self.dropout[i](x) if self.dropout else x
             x = x.reshape(x.shape[0], -1)
             for i, dense in enumerate(self.dense):

@@ -1,12 +1,20 @@
-"""Multilayer perceptron."""
+"""Multilayer perceptron, as plain functions: flax takes longer to import than a small network to train."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
-from bayescal.models.adapters import from_nnx
-from bayescal.models.dropout import Rate, check_dropout, dropout_layer, has_dropout
-from bayescal.types import Model
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from bayescal.models.adapters import _NO_STREAM
+from bayescal.models.dropout import Rate, check_dropout, has_dropout
+from bayescal.types import Key, Model, Variables
+
+_MOMENTUM, _EPSILON = 0.99, 1e-5
+_SMALL = 2**12  # numbers in a batch of inputs
 
 
 def mlp(
@@ -32,28 +40,105 @@ def mlp(
         ValueError: for a dropout rate outside [0, 1).
     """
     check_dropout(dropout)
-    build = lambda rngs: _module()(in_features, hidden, out_features, dropout, batch_norm, rngs)
-    return from_nnx(build, head="head")
+    widths, layers = [in_features, *hidden], range(len(hidden))
+    random = has_dropout(dropout)
+    carried = isinstance(dropout, (jax.Array, np.ndarray))
+
+    def init(key: Key) -> Variables:
+        # keys numbered as `from_nnx` does for a module of these layers: a seed stands for the same network, and masks
+        head_key = jax.random.fold_in(key, len(layers) * (2 + 2 * batch_norm + random))
+        dense = {i: _dense(jax.random.fold_in(key, 2 * i), *pair) for i, pair in enumerate(pairwise(widths))}
+        params = {"dense": dense, "head": _dense(head_key, widths[-1], out_features)}
+        stats = {}
+        if batch_norm:
+            params["norm"] = {i: {"scale": jnp.ones(hidden[i]), "bias": jnp.zeros(hidden[i])} for i in layers}
+            stats["norm"] = {i: {"mean": jnp.zeros(hidden[i]), "var": jnp.ones(hidden[i])} for i in layers}
+        if carried:
+            stats["dropout"] = {i: {"rate": jnp.array(dropout, jnp.float32)} for i in layers}
+        return Variables(*({name: part for name, part in tree.items() if part} for tree in (params, stats)))
+
+    def forward(variables: Variables, inputs, key: Key | None, moments_of: Callable):
+        params, stats = variables
+        x, moments = inputs.reshape(inputs.shape[0], -1), {}
+        for i in layers:
+            x = _affine(x, params["dense"][i])
+            if batch_norm:
+                moments[i] = moments_of(x, i)
+                x = _normalised(x, params["norm"][i], moments[i])
+            x = jax.nn.relu(x)
+            if random and key is not None:
+                rate = stats["dropout"][i]["rate"] if carried else dropout
+                x = _dropped(x, rate, jax.random.fold_in(jax.random.fold_in(key, 2 * i + 1), 0))
+        return x, moments
+
+    def features(variables: Variables, inputs, key: Key | None):
+        if key is not None and not (random and layers):
+            raise ValueError(_NO_STREAM)
+        return forward(variables, inputs, key, lambda x, i: variables.stats["norm"][i])[0]
+
+    def head(variables: Variables, features):
+        return _affine(features, variables.params["head"])
+
+    def apply(variables: Variables, inputs, key: Key | None):
+        return head(variables, features(variables, inputs, key))
+
+    def train(variables: Variables, inputs, key: Key):
+        x, moments = forward(variables, inputs, key, lambda x, i: _moments(x))
+        stats = variables.stats
+        if moments:
+            moved = lambda old, new: _MOMENTUM * old + (1 - _MOMENTUM) * new
+            stats = {**stats, "norm": jax.tree.map(moved, stats["norm"], moments)}
+        return head(variables, x), stats, 0.0
+
+    return Model(init, apply, train, features, head, ("head",))
 
 
-@cache  # jax keeps every module class for ever: one, and none that closes over a traced rate
-def _module():
-    from flax import nnx
+def _dense(key, width, out_features):
+    kernel = jax.nn.initializers.lecun_normal()(key, (width, out_features), jnp.float32)
+    return {"kernel": kernel, "bias": jnp.zeros(out_features)}
 
-    class MLP(nnx.Module):
-        def __init__(self, in_features, hidden, out_features, dropout, batch_norm, rngs):
-            widths = [in_features, *hidden]
-            self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairwise(widths)])
-            self.norm = nnx.List([nnx.BatchNorm(b, rngs=rngs) for b in hidden] if batch_norm else [])
-            self.dropout = nnx.List([dropout_layer(dropout, rngs) for _ in hidden] if has_dropout(dropout) else [])
-            self.head = nnx.Linear(widths[-1], out_features, rngs=rngs)
 
-        def __call__(self, inputs):
-            x = inputs.reshape(inputs.shape[0], -1)
-            for i, dense in enumerate(self.dense):
-                x = dense(x)
-                x = nnx.relu(self.norm[i](x) if self.norm else x)
-                x = self.dropout[i](x) if self.dropout else x
-            return self.head(x)
+def _affine(x, layer):
+    small = jax.default_backend() == "cpu" and x.size <= _SMALL
+    return (_small_product if small else jnp.matmul)(x, layer["kernel"]) + layer["bias"]
 
-    return MLP
+
+@jax.custom_jvp
+def _small_product(x, kernel):
+    return x @ kernel
+
+
+@partial(_small_product.defjvp, symbolic_zeros=True)
+def _small_product_jvp(primals, tangents):
+    """The product's own derivative, put so that the kernel's gradient, xᵀ g, finds xᵀ already made.
+
+    XLA's product over the leading axis of both operands takes up to three times as long on CPU where they are small, and
+    the barrier keeps it from taking the transpose back into the product. Where they are large either may be the faster.
+    """
+    (x, kernel), (dx, dkernel) = primals, tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(dx @ kernel)
+    if not isinstance(dkernel, SymbolicZero):
+        columns = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+        terms.append(jnp.tensordot(columns, dkernel, (0, 0)))
+    return x @ kernel, sum(terms[1:], terms[0])
+
+
+def _moments(x):
+    """In two passes: mean of squares - square of mean loses its digits where the mean is large."""
+    mean = x.mean(0, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    return {"mean": mean, "var": ((x - mean) ** 2).mean(0)}
+
+
+def _normalised(x, layer, moments):
+    return (x - moments["mean"]) * (jax.lax.rsqrt(moments["var"] + _EPSILON) * layer["scale"]) + layer["bias"]
+
+
+def _dropped(x, rate, key):
+    keep = 1 - rate
+    mask = jax.random.bernoulli(key, keep, x.shape)
+    # a rate out of range must not look like another network, whichever mask it drew
+    keep = jnp.where((keep > 0) & (keep <= 1), keep, jnp.nan).astype(x.dtype)
+    # times zero and not replaced by it, or what is not a number would be dropped too
+    return x * jnp.where(mask, 1 / keep, 0 * keep)

@@ -12,7 +12,7 @@ from bayescal.memory import with_rows
 from bayescal.sharding import fetch, round_up
 from bayescal.types import PyTree
 
-ENOUGH = 8  # blocks: with fewer, too much of the last one may be for nothing
+FEW, MANY = 4, 16  # blocks: of fewer too much of the last may be for nothing; no more for that reason alone
 
 
 class Results(NamedTuple):
@@ -55,21 +55,22 @@ def results_of(function: Callable, state: PyTree, inputs: PyTree, key: PyTree) -
     return Results(structure, tuple(leaves), tuple(map(row_axis, leaves, jax.tree.leaves(many))))
 
 
-def choose_sizes(rows: int, least: int, most: int) -> Sizes:
-    """Room for `rows` rows, of which there are as few sizes as a power of two has, or four times as many.
+def choose_sizes(rows: int, chunk: int, least: int, most: int) -> Sizes:
+    """Room for `rows` rows: few go through at once, filled up by a quarter at most; more in blocks, the last of them too.
 
-    Few rows go through in one block that is at most a quarter too large; more in blocks, of which the last is all that
-    may be too large.
+    From a power of two to the next there are at most four sizes of few rows, and one of many.
 
     Args:
-        rows: of a device.
+        rows: of a device, at most `chunk`.
+        chunk: rows that may go through at once.
         least, most: bounds on the rows of a block, powers of two.
     """
-    octave = 1 << (rows.bit_length() - 1)
-    if rows < ENOUGH // 2 * least:
-        capacity = round_up(rows, max(octave // 4, 1))
+    if rows <= FEW * least:
+        capacity = min(round_up(rows, max((1 << rows.bit_length()) // 8, 1)), chunk)
         return Sizes(capacity, capacity)
-    return Sizes(octave if rows == octave else 2 * octave, min(max(octave // ENOUGH, least), most))
+    capacity = 1 << (rows - 1).bit_length()
+    block = min(max(capacity // MANY, least), most)
+    return Sizes(min(capacity, round_up(chunk, block)), block)
 
 
 def in_blocks(function: Callable, results: Results, sizes: Sizes, state, inputs, key, count) -> list[jax.Array]:
@@ -143,14 +144,16 @@ def join(calls: list[tuple[Share, list[jax.Array]]], results: Results, rows: int
 
 
 def _copy(whole: np.ndarray, shard, axis: int | None, share: Share, capacity: int) -> None:
-    """Of a part of a call's leaf, what counts, to where it belongs."""
+    """Of a part of a call's leaf, however that is divided, what counts goes to where it belongs."""
     part, place = np.asarray(shard.data), list(shard.index)
     if axis is None:
         whole[tuple(place)] = part
         return
     start = place[axis].start or 0
-    for device in range(start // capacity, (start + part.shape[axis]) // capacity):
-        first, last = (min(share.each * d, share.number) for d in (device, device + 1))
-        place[axis] = slice(share.first + first, share.first + last)
-        before = device * capacity - start
-        whole[tuple(place)] = part[(*[slice(None)] * axis, slice(before, before + last - first))]
+    end = start + part.shape[axis]
+    for device in range(start // capacity, -(-end // capacity)):
+        room, first = capacity * device, share.each * device
+        low, high = max(start, room), min(end, room + min(share.each, share.number - first))
+        if low < high:
+            place[axis] = slice(share.first + first + low - room, share.first + first + high - room)
+            whole[tuple(place)] = part[(*[slice(None)] * axis, slice(low - start, high - start))]

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bayescal.data.checks import check_finite, check_rows_agree
-from bayescal.liveness import abstract, tree_bytes
-from bayescal.memory import device_budget, prediction_block, prediction_chunk
+from bayescal.liveness import tree_bytes
+from bayescal.memory import MOST_ROWS, device_budget, prediction_block, prediction_chunk
 from bayescal.methods.experiments import runners
 from bayescal.predictive import Predictive
 from bayescal.sharding import check_mesh, make_mesh, on, place
@@ -35,8 +35,8 @@ def predict(
         key: random key of the draws; None = the mean network of each member.
         chunk_size: rows that go through the network at a time at the most; results do not depend on it beyond rounding.
             None = as many a device as fit its memory by `bayescal.memory.prediction_chunk`, at most 8192.
-        mesh: devices, over whose member axis members are spread and over whose data axis rows; None = members over as
-            many as they can be shared evenly between, and rows over the others.
+        mesh: devices, over whose member axis members are spread and over whose data axis rows. Where members cannot be
+            shared evenly, and for None, of which all devices are: members over as many as they can, rows over the others.
 
     Returns:
         Predictive with batch shape (rows,), or (experiment, rows) for a method of `experiments`, on one device.
@@ -72,23 +72,23 @@ def over_rows(
     check_mesh(mesh)
     if chunk_size is not None and (not isinstance(chunk_size, Integral) or int(chunk_size) < 1):
         raise ValueError(f"`chunk_size` must be a whole number of at least 1, got {chunk_size!r}. 8192 is the default.")
-    mesh = mesh or _default_mesh(networks, rows)
+    mesh = _evenly(mesh, networks, rows)
     devices = dict(mesh.shape).get("data", 1) if mesh else 1
     seen = _look(function, state, inputs, key, chunk_size is None)
-    most = -(-int(chunk_size) // devices) if chunk_size else seen.chunk
-    each = min(most, -(-rows // devices))
-    sizes = choose_sizes(each, seen.least, seen.most)
+    chunk = -(-int(chunk_size) // devices) if chunk_size else seen.chunk
+    each = min(chunk, -(-rows // devices))
+    sizes = choose_sizes(each, chunk, seen.least, seen.most)
     if mesh is not None:
         state, key = _place_state(state, mesh), None if key is None else place(key, mesh)
     calls = []
     for share in shares(rows, each, devices):
-        chunk, blocks = lay_out(inputs, share, devices, sizes.capacity), np.int32(-(-share.each // sizes.block))
+        own, blocks = lay_out(inputs, share, devices, sizes.capacity), np.int32(-(-share.each // sizes.block))
         if mesh is not None:
-            chunk = place(chunk, mesh, *["data"] * (devices > 1))
+            own = place(own, mesh, *["data"] * (devices > 1))
         with on(mesh):
-            result = _call(function, seen.results, sizes, state, chunk, key, blocks)
-        if mesh is not None:  # where members do not divide the devices these talk to each other, and on CPU many such
-            jax.block_until_ready(result)  # programs in flight use up the threads that they wait for
+            result = _call(function, seen.results, sizes, state, own, key, blocks)
+        if mesh is not None:  # one at a time: where a method's devices talk to each other, many programs in flight use
+            jax.block_until_ready(result)  # up the threads that they wait for on CPU
         calls.append((share, jax.tree.leaves(result)))
     return join(calls, seen.results, rows, sizes.capacity)
 
@@ -105,35 +105,43 @@ class _Looked(NamedTuple):
     results: Results
     least: int
     most: int
-    chunk: int | None
+    chunk: int
 
 
 def _look(function, state, inputs, key, budgeted: bool) -> _Looked:
-    """Traced once for the same shapes of the state and of a row."""
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), jax.dtypes.result_type(x)), inputs)
-    leaves, structure = jax.tree.flatten(abstract((state, row, key)))
-    return _look_at_shapes(function, structure, tuple((x.shape, x.dtype) for x in leaves), budgeted)
+    """Traced once for the same shapes of the state, of a row and of the key."""
+    row = lambda x: (1, *np.shape(x)[1:])
+    return _look_at(function, budgeted, _shapes(state, np.shape), _shapes(inputs, row), _shapes(key, np.shape))
+
+
+def _shapes(tree, shape: Callable) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    dtype = lambda x: x.dtype if isinstance(x, jax.Array) else jax.dtypes.result_type(x)
+    return structure, tuple((shape(x), dtype(x)) for x in leaves)
 
 
 @lru_cache(maxsize=16)
-def _look_at_shapes(function, structure, shapes, budgeted) -> _Looked:
-    args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
-    traced, chunk = jax.jit(function), None  # one trace a number of rows for all who look
+def _look_at(function, budgeted, *shapes) -> _Looked:
+    state, row, key = (tree.unflatten([jax.ShapeDtypeStruct(*x) for x in leaves]) for tree, leaves in shapes)
+    traced, chunk = jax.jit(function), MOST_ROWS  # one trace a number of rows for all who look
     if budgeted:
-        chunk = prediction_chunk(traced, *args, budget=max(device_budget() - tree_bytes(args[0]), 0))
+        chunk = prediction_chunk(traced, state, row, key, budget=max(device_budget() - tree_bytes(state), 0))
+    results = results_of(traced, state, row, key)
     if jax.default_backend() == "cpu":
-        return _Looked(results_of(traced, *args), *prediction_block(traced, *args), chunk)
-    return _Looked(results_of(traced, *args), 8192, 8192, chunk)
+        return _Looked(results, *prediction_block(traced, state, row, key), chunk)
+    return _Looked(results, MOST_ROWS, MOST_ROWS, chunk)
 
 
-def _default_mesh(networks: int, rows: int) -> Mesh | None:
-    """Networks over the devices that they can be shared evenly between, rows over the others; None for one device."""
-    devices = len(jax.devices())
-    members = math.gcd(networks, devices)
-    data = devices // members
-    if jax.process_count() == 1:  # all devices of all processes take part
+def _evenly(mesh: Mesh | None, networks: int, rows: int) -> Mesh | None:
+    """Networks over as many devices as they can be shared evenly between, rows over the others; None for one device."""
+    if mesh is not None and networks % dict(mesh.shape).get("member", 1) == 0:
+        return mesh
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    members = math.gcd(networks, len(devices))
+    data = len(devices) // members
+    if mesh is None and jax.process_count() == 1:  # of several processes all devices take part
         data = max(1, min(data, rows // WORTH))
-    return None if members * data == networks == 1 else make_mesh(members, data)
+    return None if members * data == networks == 1 else make_mesh(members, data, devices=devices)
 
 
 def _place_state(state, mesh: Mesh):
