@@ -1,10 +1,11 @@
-"""How long training takes, ours against PyTorch in every mode that may be its best, and against scikit-learn, in turn.
+"""How long training takes, ours against PyTorch's loops, processes and vmap, and against scikit-learn, in turn.
 
     python experiments/bench_training.py configs/bench_training/cpu.yaml [key=value ...]
 
 Both sides train the same networks on the same rows from scratch: initialisation, shuffling and all updates, on all cores,
-wall clock, everything compiled and PyTorch's processes started before. After that: the matrix products alone, ours at
-other sizes, and whole fresh processes. `pip install bayescal[bench]` brings the peers.
+wall clock, everything compiled and PyTorch's processes started before. After that: the matrix products alone, ours at other
+sizes, and whole fresh processes. Not measured: `torch.compile`, and bfloat16 for the MLPs and LeNet. `pip install
+bayescal[bench]` brings the peers.
 """
 
 import sys
@@ -69,7 +70,7 @@ def steady(name: str, case: Case, config: Config, cores: int, absent: dict[str, 
     if FLOOR in forms:
         entries.append(entry(name, FLOOR, seconds["ours"], seconds[FLOOR], phase="floor"))
     entries += torch_best(entries, seconds)
-    return [line | {"precision": case.precision} for line in entries]
+    return entries
 
 
 def torch_best(entries: list[dict], seconds: dict[str, np.ndarray]) -> list[dict]:

@@ -18,7 +18,6 @@ class Case(NamedTuple):
     network: a key of `SHAPES`.
     experiments: splits, each with its own members; None = one data set.
     width: of the two hidden layers of "mlp".
-    precision: of our products and convolutions.
     """
 
     network: str
@@ -28,7 +27,6 @@ class Case(NamedTuple):
     epochs: int
     experiments: int | None = None
     width: int = 200
-    precision: str = "float32"
 
     @property
     def convolutional(self) -> bool:

@@ -26,7 +26,8 @@ def child(form: str, case: Case, cores: int, cache: str = "") -> dict[str, float
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     command = [sys.executable, str(CHILD), form, json.dumps(case._asdict()), str(cores)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # sources are compiled once
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`{form}` must train in a process of its own, got {done.stderr[-2000:]}. Run it by hand.")
     return json.loads(done.stdout.splitlines()[-1])
@@ -50,6 +51,7 @@ def in_fresh_processes(name: str, case: Case, cores: int, rounds: int, absent: d
     threads = f"{cores} thread" + "s" * (cores > 1)
     packages = {
         "torch loop, 1 thread": "torch",
+        "torch.func vmap, 1 thread": "torch",
         f"torch.func vmap, {threads}": "torch",
         "sklearn bagging": "sklearn.neural_network",
     }

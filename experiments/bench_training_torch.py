@@ -41,7 +41,7 @@ def network(torch, case: Case, channels_last: bool):
             inner = torch.relu(self.norms[0](self.first(x)))
             return torch.relu(self.beside(x) + self.norms[1](self.second(inner)))
 
-    pooled = lambda *layer: [*layer, nn.ReLU(), nn.MaxPool2d(2)]
+    pooled = lambda *layer: [*layer, nn.MaxPool2d(2), nn.ReLU()]  # in this order, as ours: the same, on fewer pixels
     dense = lambda a, b: [nn.Linear(a, b), nn.ReLU()]
     layers = {
         "regression": lambda: [*dense(8, 50), nn.Linear(50, 2)],
@@ -118,12 +118,12 @@ def one_after_another(case: Case, jobs, inputs, targets, channels_last: bool, bf
     return float(total) / (case.rows * len(jobs))
 
 
-def side_by_side(case: Case, inputs, targets, threads: int) -> float:
+def side_by_side(case: Case, jobs, inputs, targets, threads: int) -> float:
     """All networks in one call: `torch.func`, vmapped gradients, one Adam over the stacked parameters."""
     torch = library("torch")
     torch.set_num_threads(threads)
     criterion, total = loss_of(torch, case), torch.zeros(())
-    nets = [network(torch, case, False) for _ in case.jobs]
+    nets = [network(torch, case, False) for _ in jobs]
     params, buffers = torch.func.stack_module_state(nets)
     skeleton = nets[0].to("meta")
     optimizer = torch.optim.Adam(list(params.values()), lr=LEARNING_RATE, fused=True)
@@ -133,7 +133,7 @@ def side_by_side(case: Case, inputs, targets, threads: int) -> float:
 
     gradients = torch.func.vmap(torch.func.grad_and_value(of_one))
     for epoch in range(case.epochs):
-        for index in zip(*[batches(torch, case, job) for job in case.jobs], strict=True):
+        for index in zip(*[batches(torch, case, job) for job in jobs], strict=True):
             x, y = (part.index_select(0, torch.cat(index)).unflatten(0, (len(nets), -1)) for part in (inputs, targets))
             found, loss = gradients(params, buffers, x, y)
             for name, param in params.items():
@@ -144,33 +144,42 @@ def side_by_side(case: Case, inputs, targets, threads: int) -> float:
     return float(total) / case.rows
 
 
-_kept: dict[str, Callable] = {}  # of a worker process: its form, made when it starts
+_kept: dict[str, Any] = {}  # of a worker process: its form and its tensors, made when it starts
 
 
-def _start(case: Case, channels_last: bool, bfloat16: bool) -> None:
-    _kept["train"] = alone(case, 1, channels_last, bfloat16)
+def _start(case: Case, train: Callable, channels_last: bool) -> None:
+    data = tensors(library("torch"), case, rows_of(case), channels_last)
+    _kept["train"] = lambda jobs: train(case, jobs, *data)
 
 
 def _work(jobs) -> float:
     return _kept["train"](jobs)
 
 
-def alone(case: Case, threads: int, channels_last: bool, bfloat16: bool) -> Callable:
-    """The plain loop as a function of the jobs, its tensors made."""
-    data = tensors(library("torch"), case, rows_of(case), channels_last)
-    return lambda jobs: one_after_another(case, jobs, *data, channels_last, bfloat16, threads)
-
-
 def looped(case: Case, closing: ExitStack, *, threads: int, channels_last=False, bfloat16=False) -> Callable:
-    train = alone(case, threads, channels_last, bfloat16)
-    return lambda: train(case.jobs)
+    data = tensors(library("torch"), case, rows_of(case), channels_last)
+    return lambda: one_after_another(case, case.jobs, *data, channels_last, bfloat16, threads)
 
 
-def shared_out(case: Case, closing: ExitStack, *, processes: int, channels_last=False, bfloat16=False) -> Callable:
+def vmapped(case: Case, closing: ExitStack, *, threads: int) -> Callable:
+    data = tensors(library("torch"), case, rows_of(case), False)
+    return lambda: side_by_side(case, case.jobs, *data, threads)
+
+
+def shared_loop(case: Case, closing: ExitStack, *, processes: int, channels_last=False, bfloat16=False) -> Callable:
+    train = partial(one_after_another, channels_last=channels_last, bfloat16=bfloat16, threads=1)
+    return shared_out(case, closing, train, processes, channels_last)
+
+
+def shared_vmap(case: Case, closing: ExitStack, *, processes: int) -> Callable:
+    return shared_out(case, closing, partial(side_by_side, threads=1), processes)
+
+
+def shared_out(case: Case, closing: ExitStack, train: Callable, processes: int, channels_last=False) -> Callable:
     """Networks dealt to processes of one thread each, which start once and stay until `closing` closes."""
     library("torch")
-    spawn, settings = multiprocessing.get_context("spawn"), (case, channels_last, bfloat16)
-    pools = [ProcessPoolExecutor(1, spawn, _start, settings) for _ in range(processes)]
+    spawn = multiprocessing.get_context("spawn")
+    pools = [ProcessPoolExecutor(1, spawn, _start, (case, train, channels_last)) for _ in range(processes)]
     for pool in pools:
         closing.enter_context(pool)
     hands = [case.jobs[i::processes] for i in range(processes)]
@@ -180,12 +189,6 @@ def shared_out(case: Case, closing: ExitStack, *, processes: int, channels_last=
         return float(np.average([loss.result() for loss in losses], weights=[len(hand) for hand in hands if hand]))
 
     return run
-
-
-def vmapped(case: Case, closing: ExitStack, *, threads: int) -> Callable:
-    torch = library("torch")
-    data = tensors(torch, case, rows_of(case), False)
-    return lambda: side_by_side(case, *data, threads)
 
 
 def bagging(case: Case, closing: ExitStack, *, processes: int | None = None) -> Callable:
@@ -216,15 +219,17 @@ def makers(case: Case, cores: int) -> dict[str, Callable]:
     found: dict[str, Callable] = {
         f"torch loop, {threads(1)}": partial(looped, threads=1),
         f"torch loop, {threads(cores)}": partial(looped, threads=cores),
+        f"torch.func vmap, {threads(1)}": partial(vmapped, threads=1),
         f"torch.func vmap, {threads(cores)}": partial(vmapped, threads=cores),
     }
     shared = cores > 1 and len(case.jobs) > 1
     if shared:
-        found[f"torch {cores} processes"] = partial(shared_out, processes=cores)
+        found[f"torch {cores} processes"] = partial(shared_loop, processes=cores)
+        found[f"torch.func vmap, {cores} processes"] = partial(shared_vmap, processes=cores)
     if case.convolutional:
         found[f"torch channels_last, {threads(cores)}"] = partial(looped, threads=cores, channels_last=True)
         if shared:
-            found[f"torch channels_last {cores} processes"] = partial(shared_out, processes=cores, channels_last=True)
+            found[f"torch channels_last {cores} processes"] = partial(shared_loop, processes=cores, channels_last=True)
     if case.network in BFLOAT16:
         faster = [name for name in found if "vmap" not in name and (cores == 1 or name != "torch loop, 1 thread")]
         found |= {f"{name}, bfloat16": partial(found[name], bfloat16=True) for name in faster}

@@ -337,3 +337,54 @@ def test_convolutions_never_run_side_by_side_on_cpu(key):
     assert not forms._is_tiny(apart, 2, runner_keys(method, key), None)
     dense = bc.ensemble(bc.map_estimate(bc.models.mlp(2, (4,), 2), bc.Categorical, optax.sgd(0.1)), 4)
     assert forms._is_tiny(runners(dense), 2, runner_keys(dense, key), None)
+
+
+@pytest.mark.parametrize("block", [1, 2, 64])
+def test_epochs_in_one_program_are_those_one_by_one(key, block, monkeypatch):
+    """With validation, patience and a member that stops: history, states and report to the bit."""
+    module = sys.modules["bayescal.train.fit"]
+    settings = dict(validation=blobs(), patience=2, epochs=70)
+    whole = run(adam, [0.1, 0.2, 1e6], key, **settings)
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK_SECONDS", 1e9)
+    other = run(adam, [0.1, 0.2, 1e6], key, **settings)
+    jax.tree.map(np.testing.assert_array_equal, (whole.history, states(whole)), (other.history, states(other)))
+    np.testing.assert_array_equal(whole.members.stopped_epoch, other.members.stopped_epoch)
+
+
+def test_info_of_an_update_is_scalars(key):
+    base = sgd(0.1)
+    vector = base._replace(update=lambda s, b, k: (s, {"loss": jnp.float32(1), "v": jnp.arange(3.0)}))
+    with pytest.raises(ValueError, match=r"`info` of an update must be scalars, got 'v' of shape \(3,\)"):
+        bc.fit(vector, blobs(), key, epochs=1, batch_size=10)
+
+
+def test_an_update_without_a_hash_trains(key):
+    class Update:
+        __hash__ = None  # pyright: ignore
+
+        def __call__(self, state, batch, key):
+            return base.update(state, batch, key)
+
+    base = sgd(0.1)
+    plain, wrapped = (bc.fit(m, blobs(), key, epochs=2, batch_size=10) for m in (base, base._replace(update=Update())))
+    np.testing.assert_array_equal(plain.history["loss"], wrapped.history["loss"])
+
+
+def test_raw_keys_train_ensembles_and_experiments():
+    key = jax.random.PRNGKey(0)
+    for method in (bc.ensemble(sgd(0.1), 3), bc.experiments(bc.ensemble(sgd(0.1), 2), 2)):
+        typed, raw = (bc.fit(method, blobs(), k, epochs=1, batch_size=10) for k in (jax.random.wrap_key_data(key), key))
+        np.testing.assert_array_equal(typed.history["loss"], raw.history["loss"])
+
+
+def test_side_by_side_only_what_fits(key, monkeypatch):
+    module = sys.modules["bayescal.train.forms"]
+    method = bc.ensemble(sgd(0.1), 8)
+    monkeypatch.setattr(module, "device_budget", lambda: 1)
+    taken, choose = [], sys.modules["bayescal.train.fit"].choose
+    monkeypatch.setattr(
+        sys.modules["bayescal.train.fit"], "choose", lambda *a, **k: taken.append(choose(*a, **k)) or taken[-1]
+    )
+    bc.fit(method, blobs(), key, epochs=1, batch_size=10, mesh=bc.make_mesh(1), stream=1)
+    assert taken[0].execution == "map" and taken[0].memory.concurrent == 1

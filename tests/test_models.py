@@ -499,3 +499,14 @@ def test_a_key_for_dropout_after_nothing_is_an_error(key):
     for call in (model.apply, model.features):
         with pytest.raises(ValueError, match="`key` was given to a network without a random stream"):
             call(model.init(key), jnp.ones((2, 4)), key)
+
+
+def test_mlp_keeps_types(key):
+    """float32 in float64 mode, as flax's; and moments in the type of the statistics that it is given."""
+    with jax.enable_x64(True):
+        variables = bc.models.mlp(4, (5,), 3, batch_norm=True).init(jax.random.key(0))
+        assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    model = bc.models.mlp(4, (5,), 3, batch_norm=True)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.init(key))
+    _, stats, _ = model.train(low, jnp.ones((6, 4), jnp.bfloat16), key)
+    assert {x.dtype for x in jax.tree.leaves(stats)} == {jnp.dtype("bfloat16")}

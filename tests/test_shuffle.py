@@ -33,12 +33,19 @@ def test_many_rows_and_strict_types(strict):
     np.testing.assert_array_equal(np.sort(order), np.arange(100_003))
 
 
-@pytest.mark.parametrize("rows", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 6, 7])
 def test_all_orders_are_equally_frequent(rows):
-    orders = drawn(rows, 100_000, seed=rows)
+    orders = drawn(rows, 200_000, seed=rows)
     _, counts = np.unique(orders @ (10 ** np.arange(rows)), return_counts=True)
     assert len(counts) == math.factorial(rows)
     assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rows", [7, 8, 9, 25, 49, 50, 81])
+def test_odd_and_even_permutations_are_equally_frequent(rows):
+    parity = lambda order: sum((order[:i] > order[i]).sum() for i in range(rows)) % 2
+    odd = sum(parity(order) for order in drawn(rows, 1000, seed=rows))
+    assert stats.binomtest(int(odd), 1000).pvalue > 1e-3
 
 
 def test_a_row_may_stand_anywhere_and_beside_any_other():

@@ -74,7 +74,7 @@ def runner_keys(method: Method, key: Key) -> Key:
 def _keys(shape: tuple[int, ...], key: Key) -> Key:
     keys = key[None]
     for number in shape:
-        keys = jax.vmap(lambda k, number=number: member_keys(k, number))(keys).reshape(-1)
+        keys = jax.vmap(lambda k, number=number: member_keys(k, number))(keys).reshape(-1, *key.shape)
     return keys
 
 

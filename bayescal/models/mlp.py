@@ -51,8 +51,13 @@ def mlp(
         params = {"dense": dense, "head": _dense(head_key, widths[-1], out_features)}
         stats = {}
         if batch_norm:
-            params["norm"] = {i: {"scale": jnp.ones(hidden[i]), "bias": jnp.zeros(hidden[i])} for i in layers}
-            stats["norm"] = {i: {"mean": jnp.zeros(hidden[i]), "var": jnp.ones(hidden[i])} for i in layers}
+            params["norm"] = {
+                i: {"scale": jnp.ones(hidden[i], jnp.float32), "bias": jnp.zeros(hidden[i], jnp.float32)}
+                for i in layers
+            }
+            stats["norm"] = {
+                i: {"mean": jnp.zeros(hidden[i], jnp.float32), "var": jnp.ones(hidden[i], jnp.float32)} for i in layers
+            }
         if carried:
             stats["dropout"] = {i: {"rate": jnp.array(dropout, jnp.float32)} for i in layers}
         return Variables(*({name: part for name, part in tree.items() if part} for tree in (params, stats)))
@@ -86,7 +91,7 @@ def mlp(
         x, moments = forward(variables, inputs, key, lambda x, i: _moments(x))
         stats = variables.stats
         if moments:
-            moved = lambda old, new: _MOMENTUM * old + (1 - _MOMENTUM) * new
+            moved = lambda old, new: (_MOMENTUM * old + (1 - _MOMENTUM) * new).astype(old.dtype)
             stats = {**stats, "norm": jax.tree.map(moved, stats["norm"], moments)}
         return head(variables, x), stats, 0.0
 
@@ -95,7 +100,7 @@ def mlp(
 
 def _dense(key, width, out_features):
     kernel = jax.nn.initializers.lecun_normal()(key, (width, out_features), jnp.float32)
-    return {"kernel": kernel, "bias": jnp.zeros(out_features)}
+    return {"kernel": kernel, "bias": jnp.zeros(out_features, jnp.float32)}
 
 
 def _affine(x, layer):

@@ -143,7 +143,8 @@ def fit(
     def run(function, own, shared=(), execution=forms.execution):
         return _run(function, plan, apart.build, execution, settings, own, shared)
 
-    begin_all = partial(run, begin, execution=default_execution(mesh))  # side by side it compiles slower
+    form = "map" if forms.execution == "map" else default_execution(mesh)  # side by side it compiles slower on CPU
+    begin_all = partial(run, begin, execution=form)
 
     def train_epochs(carry, first: int, number: int):
         """`number` epochs from `first` on: their carry, and info (member, epoch)."""
@@ -214,7 +215,7 @@ def _told(block: tuple[dict, int] | None) -> list[dict]:
     if block is None:
         return []
     info, number = fetch_numpy(block[0]), block[1]
-    return [{k: v[:, i] for k, v in info.items()} for i in range(number)]
+    return [{k: v[:, i].copy() for k, v in info.items()} for i in range(number)]  # not views: the block is larger
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -286,14 +287,14 @@ def _identity(apart, epochs, batch_size, patience, plan, execution, stream, key,
 
 
 def _program(plan: Plan, build, first, data) -> str:
-    """The text of one member's epoch and its end on one device: every number of network, loss, optimiser and score."""
+    """The text of one member's epoch and its end on one device: every number of network, loss, optimiser, score and order."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), first)
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), data)
 
     def epoch(settings, carry, runner, steps, step_key, number, rows, validation):
         method = build(settings)
         carry = advance(plan, method, carry, runner, steps, step_key, rows)
-        return finish(plan, method, carry, runner, number, validation)
+        return finish(plan, method, carry, runner, number, validation), shuffle(plan, method, runner, number)
 
     return jax.jit(epoch).lower(*one, 0, *whole).as_text()
 

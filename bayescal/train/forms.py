@@ -14,9 +14,10 @@ from bayescal.train.rows import Stacked
 from bayescal.train.stream import block_steps
 from bayescal.types import Dataset
 
-# On CPU members run one after another, but for tiny dense networks, whose steps cost as much as they have operations:
-# `experiments/bench_execution.py`, two cores: side by side 1.3 to 1.6 x as fast with 552 parameters, 1.1 to 1.3 x with 3,102
-# (Adam, batches of 32), no gain with three members a device, and slower from 10^7 operations a step on.
+# On CPU members run one after another, but for tiny dense networks, whose steps cost as much as they have operations.
+# Measured on two cores, Adam, batches of 32: with 552 or 3,102 parameters side by side is 0.7 x as fast for one member a
+# device, 1.0 for two, 0.9 to 1.15 for three (another loss, another winner), 1.2 for four, 1.3 to 1.6 for ten and more; with
+# 10^7 operations a step it is slower.
 FEW = 4  # members a device
 TINY = 3e5  # numbers in a member's state x rows of a batch
 
@@ -66,15 +67,17 @@ def choose(
     if execution is None:
         execution = earlier.get("execution")
     how = default_execution(mesh) if execution is None else execution
-    free = execution is None and how != "map"
     if execution is None and jax.default_backend() == "cpu" and _shares_no_rows(mesh) and per_device >= FEW:
         how = "vmap" if _is_tiny(apart, plan.batch_size, init_keys, starts) else "map"
+    free = execution is None and how != "map"
     memory = None
     if estimate or free:
         memory = _memory(apart, train, plan, per_device, starts, block)
     if free and memory is not None:
         how = agree(_side_by_side(memory))
         how = "map" if how == 1 else "vmap" if how >= per_device else how
+    if memory is not None:
+        memory = memory._replace(concurrent={"map": 1, "vmap": per_device}.get(how, how))
     return Forms(block, how, memory)
 
 

@@ -1,5 +1,6 @@
 """The training of one member as pure functions of its carry: what every execution, device count and resume runs."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -97,6 +98,12 @@ def begin(plan: Plan, method: Method, key: Key, start: PyTree, alive: jax.Array,
     """The carry before the first epoch; `example` is a batch of abstract rows, for the names in `update`'s info."""
     state = traced_once(method.init)(key, start)
     info = jax.eval_shape(traced_once(method.update), state, example, key)[1]
+    for name, value in info.items():
+        if value.shape != ():
+            raise ValueError(
+                f"`info` of an update must be scalars, got {name!r} of shape {value.shape}. Return its mean, or one entry "
+                "for each number."
+            )
     nan = jnp.array(jnp.nan, jnp.float32)
     return Carry(
         state=state,
@@ -216,8 +223,13 @@ def finish(
     return carry, {**info, **dict(zip(FLAGS, flags, strict=True))}
 
 
-def traced_once(function):
-    """The same function, traced once for all programs that call it; it leaves no mark in them."""
+def traced_once(function: Callable) -> Callable:
+    """The same function, traced once for all programs that call it; it leaves no mark in them. One that cannot be told
+    apart from others (no hash) is traced anew each time."""
+    try:
+        hash(function)
+    except TypeError:
+        return function
     return jax.jit(function, inline=True)
 
 

@@ -116,13 +116,16 @@ def _look(function, state, inputs, key, budgeted: bool) -> _Looked:
 
 def _shapes(tree, shape: Callable) -> tuple:
     leaves, structure = jax.tree.flatten(tree)
-    dtype = lambda x: x.dtype if isinstance(x, jax.Array) else jax.dtypes.result_type(x)
-    return structure, tuple((shape(x), dtype(x)) for x in leaves)
+    types = map(jax.typeof, leaves)
+    return structure, tuple((shape(x), type.dtype, type.weak_type) for x, type in zip(leaves, types, strict=True))
 
 
 @lru_cache(maxsize=16)
 def _look_at(function, budgeted, *shapes) -> _Looked:
-    state, row, key = (tree.unflatten([jax.ShapeDtypeStruct(*x) for x in leaves]) for tree, leaves in shapes)
+    state, row, key = (
+        tree.unflatten([jax.ShapeDtypeStruct(x, dtype, weak_type=weak) for x, dtype, weak in leaves])
+        for tree, leaves in shapes
+    )
     traced, chunk = jax.jit(function), MOST_ROWS  # one trace a number of rows for all who look
     if budgeted:
         chunk = prediction_chunk(traced, state, row, key, budget=max(device_budget() - tree_bytes(state), 0))

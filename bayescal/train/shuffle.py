@@ -25,7 +25,7 @@ def permutation(key: Key, rows: int) -> Int[jax.Array, "rows"]:
     Source: Black and Rogaway 2002, generalised Feistel and cycle walking; Mitchell et al. 2021, shuffling by a cipher
         (both recalled).
     """
-    a = math.isqrt(max(rows - 1, 0)) + 1
+    a = 2 * (math.isqrt(max(rows - 1, 0)) // 2 + 1)  # even: were both odd, every round would be an even permutation
     b = -(-rows // a)
     keys = jax.random.bits(key, (ROUNDS, 2), jnp.uint32)
 
