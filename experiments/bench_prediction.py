@@ -3,8 +3,8 @@
     python experiments/bench_prediction.py configs/bench_prediction/cpu.yaml [key=value ...]
 
 From rows on the host to the logits of all networks, by `bc.predict` with its checks, and by PyTorch's modules in inference
-mode with the same weights. Ours draws one mask a draw, PyTorch one a row. Wall clock, all cores. `pip install
-bayescal[bench]` is all peers.
+mode with the same weights. Ours draws one mask a draw; PyTorch's dropout one a row, which takes most of its time, and one a
+draw (of each batch) in the forms that say so. Wall clock, all cores. `pip install bayescal[bench]` is all peers.
 """
 
 import importlib
@@ -86,9 +86,17 @@ def logits_of(case: Case, key) -> jax.Array:
     return pred.logits
 
 
-def torch_network(torch, name: str, params: dict) -> tuple:
+def torch_network(torch, name: str, params: dict, draw_masks: bool = False) -> tuple:
     """The network with our weights, in two parts: what comes before the first dropout, and the rest."""
     nn = torch.nn
+
+    class DrawDropout(nn.Dropout):
+        """One mask for all rows of a call, where PyTorch's own draws one a row."""
+
+        def forward(self, x):
+            if not self.training:
+                return x
+            return x * (torch.empty(x.shape[-1]).bernoulli_(1 - self.p) / (1 - self.p))
 
     def dense(own, kernel=None):
         kernel = own["kernel"] if kernel is None else kernel
@@ -104,29 +112,34 @@ def torch_network(torch, name: str, params: dict) -> tuple:
 
     layers = list(params["dense"].values())
     if name != "lenet":
-        dropout = [nn.Dropout(DROPOUT)] * (name == "mc_dropout")
+        dropout = [(DrawDropout if draw_masks else nn.Dropout)(DROPOUT)] * (name == "mc_dropout")
         rest = [*dropout, dense(layers[1]), nn.ReLU(), *dropout, dense(params["head"])]
         return nn.Sequential(dense(layers[0]), nn.ReLU()), nn.Sequential(*rest)
     first, second = params["conv"].values()
     kernel = layers[0]["kernel"]  # of pixels with their channels last; PyTorch's come first
     kernel = kernel.reshape(5, 5, 16, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
-    pooled = [nn.ReLU(), nn.MaxPool2d(2)]
+    pooled = [nn.MaxPool2d(2), nn.ReLU()]
     body = [convolution(first, 2), *pooled, convolution(second, 0), *pooled, nn.Flatten()]
     rest = [dense(layers[0], kernel), nn.ReLU(), dense(layers[1]), nn.ReLU(), dense(params["head"])]
     return nn.Sequential(*body), nn.Sequential(*rest)
 
 
 class Form(NamedTuple):
-    """A way to predict with PyTorch: rows at a time (0 = all), threads, workers that share the rows, and what is reused."""
+    """A way to predict with PyTorch: rows at a time (0 = all), threads, workers that share the rows, and what is reused.
+
+    draw_masks: one mask a draw for all rows, as ours; else one a row.
+    """
 
     batch: int = 0
     threads: int = 1
     workers: int = 1
     prefix: bool = False
     channels_last: bool = False
+    draw_masks: bool = False
 
     def name(self) -> str:
-        words = ["prefix reused"] * self.prefix + ["channels last"] * self.channels_last
+        words = ["a mask a draw"] * self.draw_masks + ["prefix reused"] * self.prefix
+        words += ["channels last"] * self.channels_last
         words += [f"batches of {self.batch}"] * (self.batch > 0)
         count = f"{self.workers} workers" if self.workers > 1 else f"{self.threads} thread{'s' * (self.threads > 1)}"
         return ", ".join(["torch", *words, count])
@@ -135,10 +148,14 @@ class Form(NamedTuple):
 def forms_of(name: str, config: Config) -> list[Form]:
     """Every combination that may be PyTorch's best."""
     runs = [(threads, 1) for threads in config.threads] + [(1, workers) for workers in config.threads if workers > 1]
-    ways = [(name == "mc_dropout" and way, name == "lenet" and way) for way in (False, True)]
+    ways = {
+        "mc_dropout": [(False, False, False), (True, False, False), (True, False, True)],
+        "lenet": [(False, False, False), (False, True, False)],
+        "mlp": [(False, False, False)],
+    }[name]
     return [
         Form(batch, threads, workers, *way)
-        for way in dict.fromkeys(ways)
+        for way in ways
         for batch in (0, *config.batches)
         for threads, workers in runs
     ]
@@ -150,7 +167,9 @@ def torch_form(name: str, form: Form) -> Callable:
     def make(case: Case, config: Config) -> Callable:
         torch = library("torch")
         layout = {"memory_format": torch.channels_last} if form.channels_last else {}
-        networks = [[part.to(**layout) for part in torch_network(torch, name, own)] for own in case.parameters]
+        networks = [
+            [part.to(**layout) for part in torch_network(torch, name, own, form.draw_masks)] for own in case.parameters
+        ]
         rows = torch.tensor(case.inputs)
         rows = rows.permute(0, 3, 1, 2).contiguous(**layout) if rows.ndim == 4 else rows
 
@@ -208,7 +227,8 @@ def main(config: Config, folder: Path) -> list[dict]:
     about = (
         f"Wall clock, medians of {config.rounds} rounds in turn, {len(jax.devices())} devices. Ratios are peer / ours of the "
         "same round, median [range]: above 1 = ours is faster. `workers` are Python threads that share the rows, of one "
-        "PyTorch thread each. The difference is of logits without dropout, relative to the largest."
+        "PyTorch thread each. Of dropout ours draws one mask a draw, PyTorch one a row but in forms that say so. "
+        "The difference is of logits without dropout, relative to the largest."
     )
     print(about)
     return publish(entries, folder, title="Prediction against PyTorch", about=about, peers=PEERS, absent=absent)

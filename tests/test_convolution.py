@@ -206,8 +206,8 @@ def test_transposition_and_remat(rng):
         np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(k), jax.grad(loss)(k))
 
 
-@pytest.mark.parametrize("name", ["image", "few out", "many channels", "a batch in pieces"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("name", ["image", "few out", "a batch in pieces"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_types(dtype, name, rng):
     """The operands' own; sums are rounded to it once, as the tolerance of half a unit in the last place says."""
     image, kernel, strides, padding, *_ = CASES[name]
