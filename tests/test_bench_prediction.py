@@ -49,6 +49,9 @@ def test_smoke_does_without_torch(tmp_path, monkeypatch, capsys):
 
 def test_forms():
     names = [form.name() for form in study.forms_of("mc_dropout", study.Config())]
+    per_draw = [name for name in names if "a mask a draw" in name]
+    names = [name for name in names if name not in per_draw]
+    assert per_draw == [name.replace("torch,", "torch, a mask a draw,") for name in names if "prefix" in name]
     assert names == [
         *["torch, 1 thread", "torch, 2 threads", "torch, 2 workers"],
         *["torch, batches of 500, 1 thread", "torch, batches of 500, 2 threads", "torch, batches of 500, 2 workers"],
@@ -69,10 +72,11 @@ def test_torch_drops_by_row_and_draw():
     case.inputs[:] = case.inputs[0]
     ours = np.asarray(study.ours(case)())
     assert ours.shape == (200, 64, 10) and np.ptp(ours, axis=1).max() == 0
-    for form in (study.Form(), study.Form(16, prefix=True, workers=2)):
+    for form in (study.Form(), study.Form(16, prefix=True, workers=2), study.Form(prefix=True, draw_masks=True)):
         theirs = study.torch_form("mc_dropout", form)(case, config)().numpy()
         assert theirs.shape == (200, 64, 10)
-        assert (np.ptp(theirs, axis=0) > 0).all() and (np.ptp(theirs, axis=1) > 0).all()
-        error = ours[:, 0].std(0) / np.sqrt(200)
+        assert (np.ptp(theirs, axis=0) > 0).all()
+        assert ((np.ptp(theirs, axis=1) > 0) != form.draw_masks).all()
+        error = ours[:, 0].std(0) * np.sqrt((1 + form.draw_masks) / 200)
         assert (np.abs(ours[:, 0].mean(0) - theirs.mean((0, 1))) < 5 * error).all()
         np.testing.assert_allclose(theirs.std((0, 1)), ours[:, 0].std(0), rtol=0.25)

@@ -78,8 +78,11 @@ def test_torch_best_is_by_medians_and_paired():
 
 def test_forms_fit_the_case():
     names = {case: list(peers.makers(rows.CASES[case], 2)) for case in rows.CASES}
-    loops = {"torch loop, 1 thread", "torch loop, 2 threads", "torch.func vmap, 2 threads"}
-    assert set(names["mlp_m1"]) == loops and set(names["mlp_m4"]) == loops | {"torch 2 processes"}
+    loops = {f"torch{form}, {threads}" for form in (" loop", ".func vmap") for threads in ("1 thread", "2 threads")}
+    assert set(names["mlp_m1"]) == loops and set(names["mlp_m4"]) == loops | {
+        "torch 2 processes",
+        "torch.func vmap, 2 processes",
+    }
     assert {"sklearn bagging", "sklearn bagging, 2 processes"} == set(names["regression"]) - set(
         names["regression_20x5"]
     )
@@ -135,7 +138,7 @@ def test_side_by_side_trains_as_one_after_another_does(name, seeded):
         data = peers.tensors(seeded, case, rows.rows_of(case), channels_last)
         losses.append(peers.one_after_another(case, case.jobs, *data, channels_last, False, 1))
     data = peers.tensors(seeded, case, rows.rows_of(case), False)
-    losses.append(peers.side_by_side(case, *data, 1))
+    losses.append(peers.side_by_side(case, case.jobs, *data, 1))
     np.testing.assert_allclose(losses[1:], losses[0], rtol=1e-4)
     coarse = peers.one_after_another(case, case.jobs, *data, False, True, 1)
     assert 0 < abs(coarse / losses[0] - 1) < 0.02
@@ -148,7 +151,7 @@ def test_experiments_train_on_their_own_rows(seeded):
     data = peers.tensors(seeded, case, [parts[0], (parts[1][0], parts[1][1] + 50)], False)
     one = [peers.one_after_another(case, [job], *data, False, False, 1) for job in case.jobs]
     assert case.jobs == [0, 1] and one[0] < 10 < 100 < one[1]
-    np.testing.assert_allclose(peers.side_by_side(case, *data, 1), np.mean(one), rtol=1e-5)
+    np.testing.assert_allclose(peers.side_by_side(case, case.jobs, *data, 1), np.mean(one), rtol=1e-5)
 
 
 def test_processes_share_out_all_networks():
