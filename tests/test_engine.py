@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods import blobs, pure_model
+from methods import blobs, pictures, pure_model
 
 import bayescal as bc
 from bayescal.methods.ensemble import member_keys
 from bayescal.methods.experiments import runner_keys, runners
 from bayescal.methods.resample import member_rows
 from bayescal.train import forms
+from bayescal.train.rows import stack
 
 pytestmark = pytest.mark.core
 FORMS = {"map": ("map", 1), "vmap": ("vmap", 1), "groups": (2, 1), "mesh": ("map", 2)}
@@ -334,9 +335,9 @@ def test_convolutions_never_run_side_by_side_on_cpu(key):
     model = bc.models.convnet((4, 4, 1), (2,), 4, 2)
     method = bc.ensemble(bc.map_estimate(model, bc.Categorical, optax.sgd(0.1)), 4)
     apart = runners(method)
-    assert not forms._is_tiny(apart, 2, runner_keys(method, key), None)
+    assert not forms._is_tiny(apart, stack(pictures(), "data", None), 2, 4, runner_keys(method, key), None)
     dense = bc.ensemble(bc.map_estimate(bc.models.mlp(2, (4,), 2), bc.Categorical, optax.sgd(0.1)), 4)
-    assert forms._is_tiny(runners(dense), 2, runner_keys(dense, key), None)
+    assert forms._is_tiny(runners(dense), stack(blobs(), "data", None), 2, 4, runner_keys(dense, key), None)
 
 
 @pytest.mark.parametrize("block", [1, 2, 64])

@@ -63,11 +63,11 @@ def fit(
 ) -> Fit:
     """Trains a method: every member on its own shuffled batches, an epoch a program, whatever the devices.
 
-    Member m of an ensemble trains as the lone method would with the key `fold_in(key, m)`; its epoch e shuffles with
-    a key folded with e. The last batch of an epoch is filled up with other rows at weight 0: they add nothing to the
-    loss, but batch norm's statistics do see them. A member whose loss or state stops being finite, or whose mean loss
-    of an epoch exceeds 1000 times that of its first batch (taken as 0.01 where it is nearer to zero), is frozen there,
-    reported, and weighs nothing in predictions; the others do not notice.
+    Member m of an ensemble trains as the lone method would with the key `fold_in(key, m)`, to the bit under "map", else to
+    rounding; its epoch e shuffles with a key folded with e. The last batch of an epoch is filled up with other rows at
+    weight 0: they add nothing to the loss, but batch norm's statistics do see them. A member whose loss or state stops
+    being finite, or whose mean loss of an epoch exceeds 1000 times that of its first batch (taken as 0.01 where it is
+    nearer to zero), is frozen there, reported, and weighs nothing in predictions; the others do not notice.
 
     Args:
         method: what to train.
@@ -85,7 +85,8 @@ def fit(
             state, or one start for all members.
         checkpoint: folder, or `Checkpoint`, to save to after every epoch and, where it holds checkpoints of this very
             training, to go on from: to the same bits, on the same number of devices, as if it had never been killed.
-        execution: how members run on a device, see `bayescal.sharding.run_members`.
+        execution: how members run on a device, see `bayescal.sharding.run_members`; None = on CPU "map", and "vmap" for
+            four or more tiny dense networks a device; elsewhere "vmap", in groups of as many as fit.
         mesh: devices, see `bayescal.sharding.make_mesh`; None = members spread over as many as there are.
         stream: steps whose rows are moved to the device at a time, while the data stay on the host; None = all data on
             the device where they fit, else as many steps as are reasonable. Needs the extra `bayescal[stream]`.
@@ -196,8 +197,9 @@ def fit(
                 saved.save(carry, history)
             if told and epoch < epochs:
                 line.update(len(history), history[-1:])
-                last, since = time.perf_counter(), last
-                size = max(1, min(most, 2 * size, int(BLOCK_SECONDS * len(told) / (last - since))))
+                now = time.perf_counter()
+                size = max(1, min(most, 2 * size, int(BLOCK_SECONDS * len(told) / (now - last))))
+                last = now
             if first:
                 seconds["first_epoch"] = time.perf_counter() - began
         history += _told(running)

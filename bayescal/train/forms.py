@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from bayescal.liveness import tree_bytes
@@ -67,9 +68,9 @@ def choose(
     if execution is None:
         execution = earlier.get("execution")
     how = default_execution(mesh) if execution is None else execution
-    if execution is None and jax.default_backend() == "cpu" and _shares_no_rows(mesh) and per_device >= FEW:
-        how = "vmap" if _is_tiny(apart, plan.batch_size, init_keys, starts) else "map"
     free = execution is None and how != "map"
+    if execution is None and jax.default_backend() == "cpu" and _shares_no_rows(mesh) and per_device >= FEW:
+        how = "vmap" if _is_tiny(apart, train, plan.batch_size, per_device, init_keys, starts) else "map"
     memory = None
     if estimate or free:
         memory = _memory(apart, train, plan, per_device, starts, block)
@@ -77,7 +78,8 @@ def choose(
         how = agree(_side_by_side(memory))
         how = "map" if how == 1 else "vmap" if how >= per_device else how
     if memory is not None:
-        memory = memory._replace(concurrent={"map": 1, "vmap": per_device}.get(how, how))
+        beside = per_device if how == "vmap" else how
+        memory = memory._replace(concurrent=beside if isinstance(beside, int) else 1)
     return Forms(block, how, memory)
 
 
@@ -85,15 +87,21 @@ def _shares_no_rows(mesh: Mesh | None) -> bool:
     return mesh is None or mesh.shape.get("data", 1) == 1
 
 
-def _is_tiny(apart: Runners, batch_size: int, init_keys, starts) -> bool:
-    """Whether a member has little to compute and no convolution, to judge by the shapes of its state."""
+def _is_tiny(apart: Runners, train: Stacked, batch_size: int, members: int, init_keys, starts) -> bool:
+    """Whether members have little to compute and no convolution, and fit side by side, to judge by shapes alone.
+
+    A dense network has at most as many activations a row as numbers in its state; one that uses its weights for every
+    number of a row, so many times that. Tracing an estimate would take longer than a small training.
+    """
 
     def begin(*of_all):
         settings, key, start = jax.tree.map(lambda x: x[0], of_all)
         return traced_once(apart.build(settings).init)(key, start)
 
     state = jax.tree.leaves(jax.eval_shape(begin, apart.settings, init_keys, starts))
-    return sum(x.size for x in state) * batch_size <= TINY and all(x.ndim <= 2 for x in state)
+    work = sum(x.size for x in state) * batch_size
+    most = 4 * work * members * sum(int(np.prod(x.shape[1:])) for x in jax.tree.leaves(train.data.inputs))
+    return work <= TINY and all(x.ndim <= 2 for x in state) and bool(most <= device_budget())
 
 
 def _side_by_side(memory: Memory) -> int:
