@@ -17,7 +17,7 @@ def permutation(key: Key, rows: int) -> Int[jax.Array, "rows"]:
     A Feistel network on pairs (l, r) with l < a, r < b and a b >= rows: in turn l grows by a random function of r, modulo
     a, and r by one of l, modulo b, each of which can be undone. What lands beyond `rows` goes through it again until it
     does not, which keeps it a permutation. Its time is linear, and every row's place is found by itself: a sort of random
-    numbers (`jax.random.permutation`) takes 10 to 70 times as long on CPU, a quarter of the training of a small network.
+    numbers (`jax.random.permutation`) takes 10 to 50 times as long on CPU, a quarter of the training of a small network.
 
     Args:
         key: random key.
