@@ -14,7 +14,9 @@ from bayescal.train import fit, predict
 from bayescal.types import Batch, Dataset, EnsembleState, Method, Model
 
 
-def check_method(method: Method, model: Model, data: Dataset, *, rtol: float = 1e-4) -> None:
+def check_method(
+    method: Method, model: Model, data: Dataset, *, rtol: float = 1e-4, batch_size: int | None = None
+) -> None:
     """Raises AssertionError, saying what is broken, unless the method keeps the protocol that the rest relies on.
 
     Checked: init and predict depend on their keys alone; update keeps the state's structure; jit changes nothing;
@@ -27,23 +29,26 @@ def check_method(method: Method, model: Model, data: Dataset, *, rtol: float = 1
         model: the network it was built from.
         data: a few dozen rows that it can be trained on.
         rtol: relative tolerance where only rounding may differ.
+        batch_size: rows an update, on which nothing may depend; all of them for a method that must see all at once. None
+            = a third of the rows.
     """
+    batch_size = batch_size or max(1, len(data.targets) // 3)
     with jax.default_matmul_precision("highest"):  # rounding alone may differ, on accelerators too
-        _check(method, model, data, jax.random.key(20), rtol)
+        _check(method, model, data, jax.random.key(20), rtol, batch_size)
 
 
-def _check(method, model, data, key, rtol):
+def _check(method, model, data, key, rtol, batch_size):
     _check_model(model, data, key)
     _check_init(method, key)
-    _check_update(method, model, data, key, rtol)
+    _check_update(method, model, data, key, rtol, batch_size)
     state = jax.jit(method.init)(key, None)
     _check_predict(method, state, data, key, rtol)
     _check_round_trip(method, state, data, key)
     traces: list = []
     counted = _counting(method, traces)  # used from here on, so that what is the same compiles once
-    _check_fit(counted, data, key, traces)
+    _check_fit(counted, data, key, traces, batch_size)
     if method.members is None:
-        _check_members(counted, data, key, rtol)
+        _check_members(counted, data, key, rtol, batch_size)
 
 
 def _check_model(model, data, key):
@@ -61,9 +66,9 @@ def _check_init(method, key):
     assert _differ(init(key, None), init(jax.random.fold_in(key, 1), None)), "init must depend on its key"
 
 
-def _check_update(method, model, data, key, rtol):
+def _check_update(method, model, data, key, rtol, batch_size):
     state = jax.jit(method.init)(key, None)
-    batch = _batch(data, 8)
+    batch = _batch(data, batch_size)
     update = jax.jit(method.update)
     new, info = update(state, batch, key)
     shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
@@ -114,8 +119,8 @@ def _check_round_trip(method, state, data, key):
     _same(run(restored, inputs, key), run(state, inputs, key), "a state must survive a round trip through numpy")
 
 
-def _check_fit(method, data, key, traces):
-    settings: dict[str, Any] = dict(batch_size=max(1, len(data.targets) // 3), progress=False, execution="map")
+def _check_fit(method, data, key, traces, batch_size):
+    settings: dict[str, Any] = dict(batch_size=batch_size, progress=False, execution="map")
     settings["mesh"] = None if method.members else make_mesh(1)  # the program that `_check_members` runs again
     first = fit(method, data, key, epochs=2, **settings)
     after_first = len(traces)
@@ -129,9 +134,9 @@ def _check_fit(method, data, key, traces):
     assert _differ(other.state, first.state), "fit must depend on its key"
 
 
-def _check_members(method, data, key, rtol):
+def _check_members(method, data, key, rtol, batch_size):
     both, one_device = ensemble(method, 2), make_mesh(1)  # promises to the bit hold for one number of devices
-    settings: dict[str, Any] = dict(epochs=1, batch_size=max(1, len(data.targets) // 3), progress=False)
+    settings: dict[str, Any] = dict(epochs=1, batch_size=batch_size, progress=False)
     mapped = fit(both, data, key, execution="map", mesh=one_device, **settings)
     stacked = _leaves(mapped.state.members)
     for m in range(2):

@@ -34,7 +34,9 @@ class Model(NamedTuple):
         `(variables, features) -> outputs`, that layer: apply(v, x, key) = head(v, features(v, x, key)), to the bit within
         one program. For last-layer methods and feature scores; None where there are none.
     head_path: keys that lead to the head's parameters in `params`; () where there is no head.
-    taps: zeros added to each dense or convolution output, and the inputs seen (what KFAC needs); None where absent.
+    taps: `(variables, inputs, zeros | None) -> (outputs, seen)`, the deterministic pass with `zeros` added to what each
+        dense layer and convolution puts out, (batch, positions, channels) by the layer's name, and what each had `seen`,
+        (batch, positions, rows of its kernel as a matrix): all that KFAC needs. None where absent.
     """
 
     init: Callable[[Key], Variables]
@@ -43,7 +45,7 @@ class Model(NamedTuple):
     features: Callable[[Variables, Any, Key | None], jax.Array] | None = None
     head: Callable[[Variables, Any], Outputs] | None = None
     head_path: tuple[str, ...] = ()
-    taps: Callable | None = None
+    taps: Callable[[Variables, Any, dict[str, Any] | None], tuple[Outputs, dict[str, jax.Array]]] | None = None
 
 
 class Dataset(NamedTuple):
@@ -60,12 +62,19 @@ class Batch(NamedTuple):
     weights: the row's weight relative to the data set's mean, times rows of the batch / rows that are not padding; 0
         for padding. All ones for a full batch of rows that weigh the same.
     index: the row's place in the data set.
+    rows: how many are not padding; None = all. What sums over the data, and does not average over batches, weighs rows by
+        `batch.relative_weights()`, whose sum over an epoch is the number of rows of the data.
     """
 
     inputs: Any
     targets: Any
     weights: Float[Array, "batch"]
     index: Int[Array, "batch"]
+    rows: Any = None
+
+    def relative_weights(self) -> Float[Array, "batch"]:
+        """The row's weight relative to the data set's mean, whatever the padding beside it; 0 for padding."""
+        return self.weights if self.rows is None else self.weights * (self.rows / self.weights.shape[0])
 
 
 class Members(NamedTuple):
@@ -92,6 +101,9 @@ class Method(NamedTuple):
     members: set by `ensemble`; None for a method that is trained whole. Replace verbs before ensembling: `fit` runs the
         members' own.
     experiments: set by `experiments`: independent repetitions (splits, grid points), never pooled; else None.
+    draw: `(state, key) -> Variables`, one network from the posterior; None for a method that has none to draw from.
+    end_epoch: `state -> state`, what is done once after each pass over the data (Laplace decomposes what it summed up);
+        `fit` calls it, and so must a loop of your own. None = nothing.
     """
 
     init: Callable[[Key, PyTree | None], State]
@@ -99,6 +111,8 @@ class Method(NamedTuple):
     predict: Callable[[State, Any, Key | None], Any]
     members: Members | None = None
     experiments: Members | None = None
+    draw: Callable[[State, Key], Variables] | None = None
+    end_epoch: Callable[[State], State] | None = None
 
 
 class EnsembleState(NamedTuple):

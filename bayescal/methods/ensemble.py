@@ -78,6 +78,16 @@ def update(state: EnsembleState, batch, key: Key, members: Members):
     return state._replace(members=states), info
 
 
+def end_epoch(state: EnsembleState, members: Members) -> EnsembleState:
+    """Every member's own end of an epoch; `fit` instead ends each member's when that member has trained."""
+
+    def end(state, settings):
+        own = members.build(settings).end_epoch
+        return state if own is None else own(state)
+
+    return state._replace(members=run_members(end, state.members, members.settings))
+
+
 def predict(state: EnsembleState, inputs, key: Key | None, members: Members):
     """All members' predictives on one member axis, member-major; members that are not alive get weight 0."""
     keys = None if key is None else member_keys(key, members.number)
@@ -128,6 +138,7 @@ def ensemble(
         lambda state, batch, key: update(state, batch, key, members),
         lambda state, inputs, key: predict(state, inputs, key, members),
         members,
+        end_epoch=lambda state: end_epoch(state, members),
     )
 
 

@@ -126,6 +126,7 @@ def experiments(
         lambda state, batch, key: update(state, batch, key, outer),
         lambda state, inputs, key: predict(state, inputs, key, outer),
         experiments=outer,
+        end_epoch=lambda state: end_epoch(state, outer),
     )
 
 
@@ -148,6 +149,16 @@ def update(state: PyTree, batch, key: Key, outer: Members):
         outer.settings,
         shared=(batch,),
     )
+
+
+def end_epoch(state: PyTree, outer: Members) -> PyTree:
+    """Every experiment's own end of an epoch."""
+
+    def end(state, settings):
+        own = outer.build(settings).end_epoch
+        return state if own is None else own(state)
+
+    return run_members(end, state, outer.settings)
 
 
 def predict(state: PyTree, inputs, key: Key | None, outer: Members):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from bayescal.methods.draws import check_draws
 from bayescal.methods.map_estimate import MAPState, map_estimate, one_member
 from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model
@@ -60,9 +61,3 @@ def mc_dropout(
     check_draws(num_draws)
     base = map_estimate(model, likelihood, optimizer, **settings)
     return base._replace(predict=lambda state, inputs, key: predict(state, inputs, key, model, likelihood, num_draws))
-
-
-def check_draws(num_draws: int) -> None:
-    """Raises unless `num_draws` is a whole number of at least one."""
-    if not isinstance(num_draws, int) or num_draws < 1:
-        raise ValueError(f"`num_draws` must be a whole number of at least 1, got {num_draws!r}. 10 to 100 is usual.")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from bayescal.methods.draws import check_draws, predict_draws
 from bayescal.methods.map_estimate import (
     check_positive,
     one_member,
@@ -14,8 +15,6 @@ from bayescal.methods.map_estimate import (
     start_variables,
     weighted_mean,
 )
-from bayescal.methods.mc_dropout import check_draws
-from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model, PyTree, Variables
 
 if TYPE_CHECKING:
@@ -123,22 +122,15 @@ def update(state, batch, key, model, likelihood, optimizer, family, num_data, te
     return VariationalState(moved[0], moved[1], stats, opt_state, state.step + 1), info
 
 
-def predict(state: VariationalState, inputs, key: Key | None, model, likelihood, family: MeanField, num_draws: int):
-    """`num_draws` networks drawn from the posterior; `key=None` is the network at the posterior mean."""
-    if key is None:
-        mean_network = Variables(family.unravel(state.location), state.stats)
-        return likelihood(one_member(model.apply(mean_network, inputs, None)))
-
-    def outputs(draw_key, state, inputs):
-        return model.apply(draw(state, draw_key, family), inputs, None)
-
-    return likelihood(run_members(outputs, jax.random.split(key, num_draws), shared=(state, inputs)))
-
-
 def draw(state: VariationalState, key: Key, family: MeanField) -> Variables:
     """One network from the posterior."""
     drawn = family.guide.sample_posterior(key, family.guide_params(state.location, state.raw_scale))
     return Variables(family.unravel(drawn["weights"]), state.stats)
+
+
+def centre(state: VariationalState, family: MeanField) -> Variables:
+    """The network at the posterior mean."""
+    return Variables(family.unravel(state.location), state.stats)
 
 
 def variational(
@@ -178,10 +170,18 @@ def variational(
     check_draws(num_draws)
     check_positive(num_data=num_data, prior_scale=prior_scale, initial_scale=initial_scale, temperature=temperature)
     family = mean_field(model, prior_scale)
+    drawing: dict[str, Any] = {
+        "model": model,
+        "likelihood": likelihood,
+        "draw": lambda state, key: draw(state, key, family),
+        "centre": lambda state: centre(state, family),
+        "num_draws": num_draws,
+    }
     return Method(
         lambda key, start=None: init(key, start, model, optimizer, family, initial_scale),
         lambda state, batch, key: update(
             state, batch, key, model, likelihood, optimizer, family, num_data, temperature
         ),
-        lambda state, inputs, key: predict(state, inputs, key, model, likelihood, family, num_draws),
+        lambda state, inputs, key: predict_draws(state, inputs, key, **drawing),
+        draw=drawing["draw"],
     )

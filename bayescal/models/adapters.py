@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bayescal.models.head import HeadCalls, no_such_layer, random_head, shared_head
+from bayescal.models.taps import Taps
 from bayescal.types import Key, Model, Variables
 
 _NO_STREAM = (
@@ -127,8 +128,18 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
         outputs = module(inputs)
         return outputs, nnx.to_pure_dict(parts(module)[3]), 0.0
 
+    def taps(variables: Variables, inputs, zeros):
+        module, watch = module_with(variables, None), Taps(jax.tree.leaves(inputs)[0].shape[0], zeros)
+        module.eval()
+        for path, layer in nnx.iter_modules(module):  # exactly these: what inherits from them may do other things
+            if type(layer) is nnx.Linear:
+                layer.dot_general = watch.dense(path, layer.dot_general)
+            elif type(layer) is nnx.Conv and layer.mask is None:
+                layer.conv_general_dilated = watch.convolution(path, layer.conv_general_dilated)
+        return module(inputs), watch.seen
+
     if head is None:
-        return Model(init, apply, train)
+        return Model(init, apply, train, taps=taps)
 
     def layer_of(module):
         layers = nnx.to_pure_dict(template()[1])  # by their parameters: one that shares another's has none of its own
@@ -157,7 +168,7 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
         return layer_of(module)(features)
 
     features = lambda variables, inputs, key: forward(variables, inputs, key, watched)
-    return Model(init, apply, train, features, apply_head, (head,))
+    return Model(init, apply, train, features, apply_head, (head,), taps)
 
 
 def from_linen(
@@ -253,8 +264,26 @@ def from_linen(
         )
         return outputs, stats, 0.0
 
+    def taps(variables: Variables, inputs, zeros):
+        watch = Taps(jax.tree.leaves(inputs)[0].shape[0], zeros)
+
+        def tapped(call, args, kwargs, context):
+            layer, replace = context.module, nullcontext()
+            if context.method_name == "__call__" and type(layer) is nn.Dense:
+                own = layer.dot_general_cls() if layer.dot_general_cls else layer.dot_general or jax.lax.dot_general
+                replace = _attribute(layer, "dot_general_cls", lambda: watch.dense(layer.path, own))
+            elif context.method_name == "__call__" and type(layer) is nn.Conv and layer.mask is None:
+                own = layer.conv_general_dilated or convolution
+                own = layer.conv_general_dilated_cls() if layer.conv_general_dilated_cls else own
+                replace = _attribute(layer, "conv_general_dilated_cls", lambda: watch.convolution(layer.path, own))
+            with replace:
+                return call(*args, **kwargs)
+
+        with nn.intercept_methods(tapped):
+            return module.apply(collections(variables), inputs, **evaluate), watch.seen
+
     if head is None:
-        return Model(init, apply, train_pass)
+        return Model(init, apply, train_pass, taps=taps)
 
     def watching(calls: HeadCalls, found: list):
         def watch(call, args, kwargs, context):
@@ -297,7 +326,7 @@ def from_linen(
         own = {name: tree[head] for name, tree in collections(variables).items() if head in tree}
         return layer.apply(own, features)
 
-    return Model(init, apply, train_pass, features, apply_head, (head,))
+    return Model(init, apply, train_pass, features, apply_head, (head,), taps)
 
 
 @contextmanager

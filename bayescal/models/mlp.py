@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from bayescal.models.adapters import _NO_STREAM
 from bayescal.models.dropout import Rate, check_dropout, has_dropout
+from bayescal.models.taps import Taps
 from bayescal.types import Key, Model, Variables
 
 _MOMENTUM, _EPSILON = 0.99, 1e-5
@@ -62,11 +63,11 @@ def mlp(
             stats["dropout"] = {i: {"rate": jnp.array(dropout, jnp.float32)} for i in layers}
         return Variables(*({name: part for name, part in tree.items() if part} for tree in (params, stats)))
 
-    def forward(variables: Variables, inputs, key: Key | None, moments_of: Callable):
+    def forward(variables: Variables, inputs, key: Key | None, moments_of: Callable, product_of=lambda *path: _product):
         params, stats = variables
         x, moments = inputs.reshape(inputs.shape[0], -1), {}
         for i in layers:
-            x = _affine(x, params["dense"][i])
+            x = _affine(x, params["dense"][i], product_of("dense", i))
             if batch_norm:
                 moments[i] = moments_of(x, i)
                 x = _normalised(x, params["norm"][i], moments[i])
@@ -95,7 +96,13 @@ def mlp(
             stats = {**stats, "norm": jax.tree.map(moved, stats["norm"], moments)}
         return head(variables, x), stats, 0.0
 
-    return Model(init, apply, train, features, head, ("head",))
+    def taps(variables: Variables, inputs, zeros):
+        watch = Taps(inputs.shape[0], zeros)
+        product_of = lambda *path: watch.dense(path, _product)
+        x, _ = forward(variables, inputs, None, lambda x, i: variables.stats["norm"][i], product_of)
+        return _affine(x, variables.params["head"], product_of("head")), watch.seen
+
+    return Model(init, apply, train, features, head, ("head",), taps)
 
 
 def _dense(key, width, out_features):
@@ -103,9 +110,13 @@ def _dense(key, width, out_features):
     return {"kernel": kernel, "bias": jnp.zeros(out_features, jnp.float32)}
 
 
-def _affine(x, layer):
+def _affine(x, layer, product=None):
+    return (product or _product)(x, layer["kernel"]) + layer["bias"]
+
+
+def _product(x, kernel):
     small = jax.default_backend() == "cpu" and x.size <= _SMALL
-    return (_small_product if small else jnp.matmul)(x, layer["kernel"]) + layer["bias"]
+    return (_small_product if small else jnp.matmul)(x, kernel)
 
 
 @jax.custom_jvp

@@ -264,7 +264,8 @@ def _runners(apart: Runners, keys, train: Stacked, held_out: Stacked | None) -> 
 def _example(train: Stacked, plan: Plan) -> Batch:
     """The first rows, for the shapes of a batch."""
     rows = jax.tree.map(lambda x: np.asarray(x[: plan.batch_size]), train.data)
-    return Batch(rows.inputs, rows.targets, rows.weights, np.arange(plan.batch_size, dtype=np.int32))
+    index = np.arange(plan.batch_size, dtype=np.int32)
+    return Batch(rows.inputs, rows.targets, rows.weights, index, np.float32(plan.batch_size))
 
 
 def _stack_both(data, validation, method) -> tuple[Stacked, Stacked | None]:

@@ -196,6 +196,9 @@ def finish(
     trained = carry.sums.rows > 0
     info = {k: total / carry.sums.rows for k, total in carry.sums.info.items()}  # 0 / 0 = NaN: it did not train
     limit = EXPLODED * jnp.maximum(jnp.abs(carry.first_loss), LEAST_FIRST)
+    if method.end_epoch is not None:
+        end = traced_once(method.end_epoch)
+        carry = carry._replace(state=jax.lax.cond(carry.status == TRAINING, end, lambda state: state, carry.state))
     status = carry.status
     for reason, wrong in ((LOSS_TOO_HIGH, info["loss"] > limit), (STATE_NOT_FINITE, ~_sound(carry.state))):
         status = jnp.where((status == TRAINING) & wrong, reason, status)
@@ -246,7 +249,7 @@ def _batch(plan: Plan, runner: Runner, given: Steps, weights: jax.Array, rows: R
         inputs, targets = jax.tree.map(lambda x: _rows(x, index + runner.data * plan.rows), (rows.inputs, rows.targets))
     else:
         inputs, targets = jax.tree.map(over_data, (given.inputs, given.targets))
-    return Batch(inputs, targets, over_data(weights), index)
+    return Batch(inputs, targets, over_data(weights), index, given.padding.sum())
 
 
 def _entry(place: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,0 +1,80 @@
+"""A bounded buffer of networks that a chain has visited, and predictions from all that it holds."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bayescal.methods.draws import check_draws
+from bayescal.sharding import run_members
+from bayescal.types import Key, Model, PyTree, Variables
+
+
+class Samples(NamedTuple):
+    """The last positions of a chain that were kept.
+
+    params: the network's params with a leading sample axis; slots that hold no sample yet hold where the chain is.
+    count: how many were ever kept; the buffer holds the last of them, the oldest overwritten first.
+    """
+
+    params: PyTree
+    count: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return jax.tree.leaves(self.params)[0].shape[0]
+
+    def weights(self) -> jax.Array:
+        """(sample,) 1 for a slot that holds a sample, 0 for others; before the first, 1 for where the chain is."""
+        return (jnp.arange(self.capacity) < jnp.maximum(self.count, 1)).astype(jnp.float32)
+
+
+def no_samples(params: PyTree, capacity: int) -> Samples:
+    """An empty buffer of a chain that starts at `params`."""
+    return Samples(jax.tree.map(lambda x: jnp.broadcast_to(x, (capacity, *x.shape)), params), jnp.zeros((), jnp.int32))
+
+
+def keep(samples: Samples, params: PyTree, due: jax.Array) -> Samples:
+    """The buffer with `params` in it where they are `due`; until the first, slot 0 follows the chain."""
+    slot = samples.count % samples.capacity
+    write = due | (samples.count == 0)
+
+    def put(all_, one):
+        old = jax.lax.dynamic_index_in_dim(all_, slot, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(all_, jnp.where(write, one, old).astype(all_.dtype), slot, 0)
+
+    return Samples(jax.tree.map(put, samples.params, params), samples.count + due.astype(jnp.int32))
+
+
+def is_due(step: jax.Array, burn_in: int, every: int) -> jax.Array:
+    """Whether the position after update `step` (the first is 0) is kept: every `every`-th after `burn_in` updates."""
+    return (step >= burn_in) & ((step - burn_in + 1) % every == 0)
+
+
+def draw_sample(samples: Samples, stats: PyTree, key: Key) -> Variables:
+    """One of the networks held, each as likely as the others."""
+    held = jnp.clip(samples.count, 1, samples.capacity)
+    return Variables(jax.tree.map(lambda x: x[jax.random.randint(key, (), 0, held)], samples.params), stats)
+
+
+def predict_samples(samples: Samples, stats: PyTree, inputs, model: Model, likelihood: Callable):
+    """The likelihood of every network held, as members of equal weight; empty slots weigh nothing."""
+
+    def outputs(params, stats, inputs):
+        return model.apply(Variables(params, stats), inputs, None)
+
+    pred = likelihood(run_members(outputs, samples.params, shared=(stats, inputs)))
+    heads = pred.num_members // samples.capacity  # of a likelihood that makes several members of one network
+    return dataclasses.replace(pred, member_weights=jnp.repeat(samples.weights(), heads))
+
+
+def check_keeping(num_samples: int, burn_in: int, every: int) -> None:
+    """Raises unless the settings of a buffer are whole numbers in range."""
+    check_draws(num_samples)
+    for name, value, least in (("burn_in", burn_in, 0), ("every", every, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"`{name}` must be a whole number of updates, at least {least}, got {value!r}. It counts updates, not epochs."
+            )
