@@ -69,6 +69,35 @@ def warmup_linear(peak: Scalar, *, warmup_steps: Scalar, total_steps: Scalar, en
     return _warmup(lambda progress: 1 - progress, peak, warmup_steps, total_steps, end)
 
 
+def cyclical_cosine(peak: Scalar, *, cycle_length: Scalar) -> Schedule:
+    """peak / 2 * (1 + cos(pi * (step mod cycle_length) / cycle_length)): restarts at `peak` every `cycle_length` updates.
+
+    It never reaches 0: a cycle's last step is peak * sin^2(pi / (2 * cycle_length)).
+
+    Args:
+        peak: learning rate, or step size, at the beginning of each cycle, positive.
+        cycle_length: updates (not epochs) in a cycle, 1 or more.
+
+    Returns:
+        Function from the number of updates made to the learning rate, float32; NaN as in `warmup_cosine`.
+
+    Raises:
+        ValueError: for numbers outside these ranges.
+    Source: Loshchilov and Hutter 2017 (warm restarts); Zhang et al. 2020 (cyclical SG-MCMC, recalled).
+    """
+    if not isinstance(peak, Tracer) and not peak > 0:
+        raise ValueError(f"`peak` must be positive, got {peak!r}. It is the largest learning rate.")
+    if not isinstance(cycle_length, Tracer) and not cycle_length >= 1:
+        raise ValueError(f"`cycle_length` must be 1 or more, got {cycle_length!r}. It counts updates, not epochs.")
+
+    def schedule(step: Scalar) -> jax.Array:
+        now, top, length = (jnp.asarray(x, jnp.float32) for x in (step, peak, cycle_length))
+        value = top * jnp.square(jnp.cos(jnp.pi / 2 * ((now % length) / length)))
+        return jnp.where((top > 0) & (length >= 1), value, jnp.nan)
+
+    return schedule
+
+
 def _warmup(shape: Callable, *numbers: Scalar) -> Schedule:
     """From 0 to `peak`, then along `shape` (from 1 to 0 over the progress 0 to 1) to `end`."""
     _check(*numbers)

@@ -104,6 +104,7 @@ class Method(NamedTuple):
     draw: `(state, key) -> Variables`, one network from the posterior; None for a method that has none to draw from.
     end_epoch: `state -> state`, what is done once after each pass over the data (Laplace decomposes what it summed up);
         `fit` calls it, and so must a loop of your own. None = nothing.
+    evidence: `state -> log marginal likelihood` of the training data, nats; None for a method that has none.
     """
 
     init: Callable[[Key, PyTree | None], State]
@@ -113,6 +114,7 @@ class Method(NamedTuple):
     experiments: Members | None = None
     draw: Callable[[State, Key], Variables] | None = None
     end_epoch: Callable[[State], State] | None = None
+    evidence: Callable[[State], jax.Array] | None = None
 
 
 class EnsembleState(NamedTuple):

@@ -32,8 +32,8 @@ def curve():
     return bc.Dataset(inputs, np.sin(inputs[:, :2]))
 
 
-def anchored(model, likelihood, optimizer, strength):
-    """The design's example of a new method: parameters are pulled towards where they began."""
+def tethered(model, likelihood, optimizer, strength):
+    """The README's example of a new method: parameters are pulled towards where they began."""
     base = bc.map_estimate(model, likelihood, optimizer)
 
     def init(key, variables=None):
@@ -47,6 +47,14 @@ def anchored(model, likelihood, optimizer, strength):
         return (fit._replace(variables=fit.variables._replace(params=params)), anchor), info
 
     return bc.Method(init, update, lambda state, inputs, key: base.predict(state[0], inputs, key))
+
+
+def refreshed(model, optimizer):
+    """Refresh of draws, begun from a posterior that has collected nothing: the protocol starts from none."""
+    swag = bc.swag(model, bc.Categorical, optimizer, num_draws=2, rank=3, burn_in=1, every=1)
+    after = bc.refresh(swag, model, bc.Categorical, num_draws=2)
+    begun = lambda key, start: swag.init(key, None) if start is None else start
+    return after._replace(init=lambda key, start=None: after.init(key, begun(key, start)))
 
 
 class LinenNet(nn.Module):
@@ -84,7 +92,7 @@ def cases():
             m,
             curve(),
         ),
-        "anchored": lambda: (anchored(m := net(), bc.Categorical, adam, 1e-2), m, blobs()),
+        "tethered": lambda: (tethered(m := net(), bc.Categorical, adam, 1e-2), m, blobs()),
         "mc_dropout_linen": lambda: (bc.mc_dropout(m := linen_model(), bc.Categorical, adam, num_draws=3), m, blobs()),
         "mc_dropout_convnet": lambda: (
             bc.mc_dropout(
@@ -101,7 +109,57 @@ def cases():
             m,
             blobs(),
         ),
+        **posteriors(net, adam),
     }
 
 
-ENSEMBLED = ("anchored", "variational")  # checked as an ensemble of three; the README checks `anchored` alone
+def posteriors(net, adam):
+    """Those that draw from a posterior: of few rows, so that every one needs their number."""
+    data = {"num_data": ROWS}
+    prior = {**data, "prior_precision": 1.0}
+    chain = {**prior, "num_samples": 3}
+    of = lambda build: lambda: (build(m := net()), m, blobs())
+    with_norm = lambda build: lambda: (build(m := net(batch_norm=True)), m, blobs())
+    classes = bc.Categorical
+    return {
+        "laplace": of(lambda m: bc.laplace(m, classes, structure=bc.kronecker(), predictive=bc.sampled(3), **prior)),
+        "laplace_regression": lambda: (
+            bc.laplace(
+                m := bc.models.mlp(4, (8,), 4), bc.heteroscedastic, structure=bc.low_rank(4), curvature=bc.ggn, **prior
+            ),
+            m,
+            curve(),
+        ),
+        "laplace_bridge": with_norm(
+            lambda m: bc.laplace(
+                m, classes, structure=bc.full(), subset=bc.last_layer(m), predictive=bc.bridge, **prior
+            )
+        ),
+        "marginal_likelihood_training": of(
+            lambda m: bc.marginal_likelihood_training(
+                m, classes, adam, structure=bc.diagonal(), burn_in=0, every=2, **prior
+            )
+        ),
+        "swag": with_norm(lambda m: bc.swag(m, classes, adam, num_draws=3, rank=3, burn_in=1, every=1)),
+        "swa": of(lambda m: bc.swa(m, classes, adam, burn_in=1, every=1)),
+        "refresh": with_norm(lambda m: refreshed(m, adam)),
+        "sgld": with_norm(lambda m: bc.sgld(m, classes, step_size=1e-3, burn_in=1, **chain)),
+        "sghmc": of(lambda m: bc.sghmc(m, classes, step_size=0.02, friction=10.0, burn_in=1, **chain)),
+        "psgld": of(lambda m: bc.psgld(m, classes, step_size=1e-4, burn_in=1, **chain)),
+        "cyclical_sgld": of(
+            lambda m: bc.cyclical_sgld(
+                m, classes, step_size=1e-3, cycle_length=3, samples_per_cycle=1, exploration=0.5, **chain
+            )
+        ),
+        "nuts": of(lambda m: bc.nuts(m, classes, warmup=20, max_num_doublings=3, **chain)),
+        "mclmc": of(lambda m: bc.mclmc(m, classes, warmup=6, steps_per_update=3, **chain)),
+        "svgd": with_norm(lambda m: bc.svgd(m, classes, adam, num_particles=3, **prior)),
+        "ivon": with_norm(lambda m: bc.ivon(m, classes, learning_rate=1e-2, num_draws=3, **prior)),
+        "anchored": of(lambda m: bc.anchored(m, classes, adam, **prior)),
+        "with_prior": lambda: (bc.map_estimate(m := bc.models.with_prior(net(), scale=1.0), classes, adam), m, blobs()),
+    }
+
+
+FULL_BATCH = ("nuts", "mclmc")  # see all rows at every update
+ENSEMBLED = ("tethered", "variational", *(name for name in posteriors(None, None)))  # as an ensemble of three
+SLOW = ("laplace_regression", "marginal_likelihood_training", "swa", "psgld", "cyclical_sgld", "mclmc", "with_prior")

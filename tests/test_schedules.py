@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import bayescal as bc
-from bayescal.schedules import warmup_cosine, warmup_linear
+from bayescal.schedules import cyclical_cosine, warmup_cosine, warmup_linear
 
 pytestmark = pytest.mark.core
 
@@ -69,6 +69,28 @@ def test_bad_numbers(ours, name):
         ours(**good | WRONG[name])
     traced = jax.jit(lambda numbers: [ours(**numbers)(step) for step in (0, 10, 30)])
     assert np.isnan(traced(good | WRONG[name])).all() and not np.isnan(traced(good)).any()
+
+
+def test_cycles_by_hand(strict):
+    """Peak, half, and nearly nothing; then again; equal to optax's restarts; a member's own numbers."""
+    schedule = cyclical_cosine(4.0, cycle_length=4)
+    expected = [4, 2 + np.sqrt(2), 2, 2 - np.sqrt(2)] * 3
+    np.testing.assert_allclose(jax.vmap(schedule)(jnp.arange(12)), expected, rtol=1e-5)
+    restarts = [optax.cosine_decay_schedule(4.0, 4) for _ in range(3)]
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = jax.vmap(optax.join_schedules(restarts, [4, 8]))(jnp.arange(12))
+    np.testing.assert_allclose(expected, theirs, rtol=1e-5)
+    own = jax.jit(lambda peak, length: cyclical_cosine(peak, cycle_length=length)(5))
+    np.testing.assert_allclose([own(4.0, 4), own(2.0, 10)], [2 + np.sqrt(2), 1], rtol=1e-5)
+    assert schedule(3).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("peak", "cycle_length"), [(-1.0, 4), (1.0, 0)])
+def test_bad_cycles(peak, cycle_length):
+    name, got = ("peak", "-1.0") if peak < 0 else ("cycle_length", "0")
+    with pytest.raises(ValueError, match=rf"^`{name}` must be .*, got {got}\. It"):
+        cyclical_cosine(peak, cycle_length=cycle_length)
+    assert np.isnan(jax.jit(lambda p, c: cyclical_cosine(p, cycle_length=c)(3))(peak, cycle_length))
 
 
 def test_each_member_has_its_own_schedule(key):

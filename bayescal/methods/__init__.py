@@ -1,20 +1,83 @@
 """Methods: data -> state -> predictive. One file a method, the same names in the same order: State, init, update,
 predict, builder."""
 
+from bayescal.methods.anchored import anchored
+from bayescal.methods.chains import chain_diagnostics
+from bayescal.methods.cyclical import cyclical_sgld
 from bayescal.methods.ensemble import ensemble
 from bayescal.methods.experiments import experiments
+from bayescal.methods.ivon import ivon, ivon_optimizer
+from bayescal.methods.langevin import psgld, sgld
+from bayescal.methods.laplace import (
+    bridge,
+    diagonal,
+    empirical_fisher,
+    fit_prior_precision,
+    full,
+    ggn,
+    kronecker,
+    laplace,
+    last_layer,
+    low_rank,
+    marginal_likelihood_training,
+    monte_carlo,
+    normal,
+    probit,
+    sampled,
+    select_prior_precision,
+    subnetwork,
+)
 from bayescal.methods.map_estimate import map_estimate
 from bayescal.methods.mc_dropout import mc_dropout
+from bayescal.methods.mclmc import mclmc
+from bayescal.methods.nuts import nuts
+from bayescal.methods.refresh import refresh
 from bayescal.methods.resample import Subsample, bootstrap, out_of_bag
+from bayescal.methods.sghmc import sghmc
+from bayescal.methods.sgmcmc import sgmcmc
+from bayescal.methods.svgd import svgd
+from bayescal.methods.swag import swa, swag
 from bayescal.methods.variational import variational
 
 __all__ = [
     "Subsample",
+    "anchored",
     "bootstrap",
+    "bridge",
+    "chain_diagnostics",
+    "cyclical_sgld",
+    "diagonal",
+    "empirical_fisher",
     "ensemble",
     "experiments",
+    "fit_prior_precision",
+    "full",
+    "ggn",
+    "ivon",
+    "ivon_optimizer",
+    "kronecker",
+    "laplace",
+    "last_layer",
+    "low_rank",
     "map_estimate",
+    "marginal_likelihood_training",
     "mc_dropout",
+    "mclmc",
+    "monte_carlo",
+    "normal",
+    "nuts",
     "out_of_bag",
+    "probit",
+    "psgld",
+    "refresh",
+    "sampled",
+    "select_prior_precision",
+    "sghmc",
+    "sgld",
+    "sgmcmc",
+    "subnetwork",
+    "svgd",
+    "swa",
+    "swag",
     "variational",
 ]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bayescal.methods.draws import check_draws
 from bayescal.sharding import run_members
 from bayescal.types import Key, Model, PyTree, Variables
 
@@ -72,9 +71,13 @@ def predict_samples(samples: Samples, stats: PyTree, inputs, model: Model, likel
 
 def check_keeping(num_samples: int, burn_in: int, every: int) -> None:
     """Raises unless the settings of a buffer are whole numbers in range."""
-    check_draws(num_samples)
-    for name, value, least in (("burn_in", burn_in, 0), ("every", every, 1)):
+    for name, value, least, unit in (
+        ("num_samples", num_samples, 1, ""),
+        ("burn_in", burn_in, 0, " of updates"),
+        ("every", every, 1, " of updates"),
+    ):
         if not isinstance(value, int) or value < least:
             raise ValueError(
-                f"`{name}` must be a whole number of updates, at least {least}, got {value!r}. It counts updates, not epochs."
+                f"`{name}` must be a whole number{unit}, at least {least}, got {value!r}. The buffer holds the last "
+                "`num_samples`, one of each `every` updates (not epochs) after `burn_in`."
             )

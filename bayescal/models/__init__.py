@@ -5,5 +5,6 @@ from bayescal.models.convnet import convnet
 from bayescal.models.dropout import dropout_layer
 from bayescal.models.lenet import lenet
 from bayescal.models.mlp import mlp
+from bayescal.models.prior import with_prior
 
-__all__ = ["convnet", "dropout_layer", "from_linen", "from_nnx", "lenet", "mlp"]
+__all__ = ["convnet", "dropout_layer", "from_linen", "from_nnx", "lenet", "mlp", "with_prior"]

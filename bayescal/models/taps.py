@@ -57,7 +57,7 @@ class Taps:
                 "curvature of shared weights does not factorise. Use another structure (`diagonal`, `low_rank`), or "
                 "`subset` for layers that are used once."
             )
-        self.seen[name] = seen.reshape(self.batch, -1, seen.shape[-1])
+        self.seen[name] = jnp.asarray(seen).reshape(self.batch, -1, seen.shape[-1])
         if self.zeros is None or name not in self.zeros:
             return outputs
         return outputs + self.zeros[name].reshape(outputs.shape).astype(outputs.dtype)

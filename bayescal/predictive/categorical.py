@@ -100,7 +100,7 @@ class Categorical(Mixture):
     def check_targets(self, targets) -> None:
         """Raises unless `targets` are integer labels in [0, classes), one per example. Host only."""
         targets = host_targets(targets, self.batch_shape, "integer class labels", "(member, *batch, classes)")
-        _check_integer(targets, self.num_classes)
+        check_labels(targets, self.num_classes)
 
 
 @pytree
@@ -168,7 +168,7 @@ class Bernoulli(Mixture):
     def check_targets(self, targets) -> None:
         """Raises unless `targets` are integers 0 or 1, one per example. Host only."""
         targets = host_targets(targets, self.batch_shape, "integer labels 0 and 1", "(member, *batch)")
-        _check_integer(targets, 2)
+        check_labels(targets, 2)
 
 
 def pool(pred: Categorical | Bernoulli) -> Categorical | Bernoulli:
@@ -228,7 +228,8 @@ def _entropy(log_probs):
     return -jnp.where(possible, jnp.exp(log_probs) * jnp.where(possible, log_probs, 0), 0).sum(-1)
 
 
-def _check_integer(targets: np.ndarray, classes: int) -> None:
+def check_labels(targets: np.ndarray, classes: int) -> None:
+    """Raises unless all are integers in [0, classes). Host only."""
     if not np.issubdtype(targets.dtype, np.integer):
         raise ValueError(
             f"`targets` must be integer class labels, got {targets.dtype}. Convert them with `astype(np.int32)`."

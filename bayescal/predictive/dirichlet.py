@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from bayescal.predictive.categorical import Categorical, gather
-from bayescal.predictive.mixture import Mixture, check_target_shape, float32_or_wider, weighted_sum
+from bayescal.predictive.categorical import Categorical, check_labels, gather
+from bayescal.predictive.mixture import Mixture, check_target_shape, float32_or_wider, host_targets, weighted_sum
 from bayescal.types import Array, Key, pytree
 
 
@@ -84,4 +84,5 @@ class Dirichlet(Mixture):
 
     def check_targets(self, targets) -> None:
         """Raises unless `targets` are integer labels in [0, classes), one per example. Host only."""
-        Categorical(self.concentration).check_targets(targets)
+        shape = "(member, *batch, classes)"
+        check_labels(host_targets(targets, self.batch_shape, "integer class labels", shape), self.num_classes)

@@ -1,0 +1,168 @@
+"""From a Laplace posterior to a predictive distribution: linearised with a link, or sampled."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bayescal.methods.draws import check_draws, predict_draws
+from bayescal.methods.laplace.structures import Structure
+from bayescal.methods.laplace.view import View
+from bayescal.methods.map_estimate import one_member
+from bayescal.predictive import Categorical, Dirichlet, Gaussian, Predictive
+from bayescal.types import Key, PyTree, Variables
+
+
+class Posterior(NamedTuple):
+    """Normal posterior of the chosen parameters: mean at the mode, covariance temperature * P^-1."""
+
+    view: View
+    structure: Structure
+    spectrum: PyTree
+    precision: jax.Array
+    temperature: Any
+    likelihood: Callable
+
+    def mean(self, inputs) -> Any:
+        """(batch, ...) outputs of the network at the mode."""
+        return self.view.outputs(self.view.chosen(), inputs)
+
+    def covariance(self, inputs) -> jax.Array:
+        """(batch, outputs, outputs) of the outputs of the linearised network: J P^-1 J^T * temperature."""
+        return self.temperature * self.structure.covariance(self.spectrum, self.precision, self.view, inputs)
+
+    def draw(self, key: Key) -> Variables:
+        """One network from the posterior."""
+        chosen = self.view.chosen()
+        noise = self.structure.noise(self.spectrum, self.precision, chosen, key)
+        width = jnp.sqrt(jnp.asarray(self.temperature))
+        return self.view.network(jax.tree.map(lambda x, z: x + (width * z).astype(x.dtype), chosen, noise))
+
+    def at_mode(self, inputs) -> Predictive:
+        """The likelihood of the network at the mode, one member."""
+        return self.likelihood(one_member(self.mean(inputs)))
+
+
+Predict = Callable[[Posterior, Any, Key | None], Predictive]
+
+
+def probit(posterior: Posterior, inputs, key: Key | None) -> Categorical:
+    """softmax(f / sqrt(1 + pi / 8 * var f)): one member, whose entropy is total; the key is not used.
+
+    For the split into aleatoric and epistemic take `monte_carlo`, or `bridge`.
+
+    Raises:
+        TypeError: for a likelihood without class logits.
+    Source: MacKay 1992; Daxberger et al. 2021, section 2 (multi-class).
+    """
+    logits, covariance = _class_logits(posterior, inputs, "probit")
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    return Categorical((logits / jnp.sqrt(1 + math.pi / 8 * variance))[None])
+
+
+def bridge(posterior: Posterior, inputs, key: Key | None) -> Dirichlet:
+    """Dirichlet with concentration (1 - 2 / K + exp(f_k) / K^2 * sum_l exp(-f_l)) / var f_k, f made to sum to zero.
+
+    Both mean and covariance are those of f conditioned on sum f = 0; the key is not used. Where the variance is large
+    for the mean, concentrations are known to be off.
+
+    Raises:
+        TypeError: for a likelihood without class logits.
+    Source: MacKay 1998; Hobbhahn et al. 2022 (Laplace bridge), equation 7 (recalled).
+    """
+    logits, covariance = _class_logits(posterior, inputs, "bridge")
+    rows = covariance.sum(-1)
+    total = rows.sum(-1, keepdims=True)
+    mean = logits - rows * logits.sum(-1, keepdims=True) / total
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1) - rows**2 / total
+    classes = logits.shape[-1]
+    ratio = jnp.exp(mean + jax.nn.logsumexp(-mean, axis=-1, keepdims=True))
+    return Dirichlet(((1 - 2 / classes + ratio / classes**2) / variance)[None])
+
+
+def monte_carlo(num_draws: int) -> Predict:
+    """`num_draws` members, likelihood of f + C z with C = (cov f)^(1/2): draws of the linearised network's outputs, by key.
+
+    All rows have the same z, but a member is no network: how rows vary together is not that of the posterior.
+
+    Raises:
+        ValueError: for fewer than one draw.
+    Source: Immer et al. 2021 (GLM predictive).
+    """
+    check_draws(num_draws)
+
+    def predict(posterior: Posterior, inputs, key: Key | None):
+        if key is None:
+            return posterior.at_mode(inputs)
+        mean, covariance = posterior.mean(inputs), posterior.covariance(inputs)
+        values, vectors = jnp.linalg.eigh(covariance)
+        root = (vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]) @ jnp.swapaxes(
+            vectors, 1, 2
+        )  # of equal values too
+        normal = jax.random.normal(key, (num_draws, root.shape[-1]), root.dtype)  # one for all rows: any chunks will do
+        drawn = mean.reshape(mean.shape[0], -1) + jnp.einsum("bij,sj->sbi", root, normal)
+        return posterior.likelihood(drawn.reshape(num_draws, *mean.shape))
+
+    return predict
+
+
+def normal(posterior: Posterior, inputs, key: Key | None) -> Gaussian:
+    """N(mean f, noise + var f), with the variance of the mean in `mean_variance`: epistemic, exact for linear networks.
+
+    The likelihood's mean may be any function of the outputs, of which its Jacobian is taken; the key is not used.
+
+    Raises:
+        TypeError: for a likelihood that is not normal.
+    Source: Foong et al. 2019; Immer et al. 2021.
+    """
+    outputs, covariance = posterior.mean(inputs), posterior.covariance(inputs)
+    pred = posterior.likelihood(one_member(outputs))
+    if not isinstance(pred, Gaussian):
+        raise TypeError(
+            f"`likelihood` must be normal for `normal`, got {type(pred).__name__}. Use `probit`, `bridge` or "
+            "`monte_carlo(20)`."
+        )
+    of_row = lambda row: posterior.likelihood(row[None, None]).mean[0, 0]
+    slope = jax.vmap(jax.jacfwd(of_row))(outputs).reshape(outputs.shape[0], pred.mean.shape[-1], -1)
+    return dataclasses.replace(pred, mean_variance=jnp.einsum("bdi,bij,bdj->bd", slope, covariance, slope)[None])
+
+
+def sampled(num_draws: int) -> Predict:
+    """`num_draws` members, each the likelihood of a network drawn from the posterior; `key=None` is the mode alone.
+
+    Networks far from the mode are taken at their word: where the posterior is wide this under-fits, and the linearised
+    predictives do not.
+
+    Raises:
+        ValueError: for fewer than one draw.
+    Source: Ritter et al. 2018; Immer et al. 2021 (why to linearise).
+    """
+    check_draws(num_draws)
+
+    def predict(posterior: Posterior, inputs, key: Key | None):
+        rest: dict[str, Any] = dict(model=posterior.view.model, likelihood=posterior.likelihood, num_draws=num_draws)
+        fixed = posterior._replace(spectrum=None, view=posterior.view._replace(variables=None, places=None))
+
+        def own(state):
+            spectrum, variables, places, precision = state
+            view = fixed.view._replace(variables=variables, places=places)
+            return fixed._replace(view=view, spectrum=spectrum, precision=precision)
+
+        state = posterior.spectrum, posterior.view.variables, posterior.view.places, posterior.precision
+        draw, centre = lambda state, key: own(state).draw(key), lambda state: state[1]
+        return predict_draws(state, inputs, key, draw=draw, centre=centre, **rest)
+
+    return predict
+
+
+def _class_logits(posterior: Posterior, inputs, name: str) -> tuple[jax.Array, jax.Array]:
+    pred = posterior.at_mode(inputs)
+    if not isinstance(pred, Categorical):
+        raise TypeError(
+            f"`likelihood` must have class logits for `{name}`, got {type(pred).__name__}. Use `normal` for normal "
+            "noise, or `monte_carlo(20)`."
+        )
+    return pred.logits[0], posterior.covariance(inputs)
