@@ -19,7 +19,7 @@ def check_method(
 ) -> None:
     """Raises AssertionError, saying what is broken, unless the method keeps the protocol that the rest relies on.
 
-    Checked: init and predict depend on their keys alone; update keeps the state's structure; jit changes nothing;
+    Checked: init, predict and draw depend on their keys alone; update keeps the state's structure; jit changes nothing;
     padded rows do not count; predictions do not depend on chunks or batch mates; total = aleatoric + epistemic, and one
     member has no epistemic part (but one in closed form); a state survives a round trip through numpy; fit compiles once
     and repeats to the bit; members of an ensemble are the lone runs to the bit, differ from each other, and their order
@@ -42,12 +42,13 @@ def _check(method, model, data, key, rtol, batch_size):
     _check_model(model, data, key)
     _check_init(method, key)
     _check_update(method, model, data, key, rtol, batch_size)
-    state = jax.jit(method.init)(key, None)
-    _check_predict(method, state, data, key, rtol)
-    _check_round_trip(method, state, data, key)
     traces: list = []
     counted = _counting(method, traces)  # used from here on, so that what is the same compiles once
-    _check_fit(counted, data, key, traces, batch_size)
+    state = _check_fit(counted, data, key, traces, batch_size)
+    _check_predict(method, state, data, key, rtol)
+    _check_round_trip(method, state, data, key)
+    if method.draw is not None:
+        _check_draw(method, model, state, key)
     if method.members is None:
         _check_members(counted, data, key, rtol, batch_size)
 
@@ -106,6 +107,17 @@ def _check_predict(method, state, data, key, rtol):
     _close(method.predict(state, inputs, key), compiled(state, inputs, key), rtol, "predict must not change under jit")
 
 
+def _check_draw(method, model, state, key):
+    draw = jax.jit(method.draw)
+    one = draw(state, key)
+    _same(draw(state, key), one, "draw must give the same network for the same key")
+    keys = jax.random.split(key, 4)  # of few networks two draws may well be the same
+    assert any(_differ(draw(state, k), one) for k in keys), "draw must depend on its key"
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    assert shapes(one) == shapes(jax.eval_shape(model.init, key)), "draw must give variables as the model's init does"
+    assert all(np.isfinite(x).all() for x in _leaves(one.params)), "a drawn network must be finite"
+
+
 def _knows_its_own(pred) -> bool:
     """Whether a single member has an epistemic part in closed form."""
     return isinstance(pred, Dirichlet) or getattr(pred, "mean_variance", None) is not None
@@ -138,6 +150,7 @@ def _check_fit(method, data, key, traces, batch_size):
     assert np.isfinite(first.history["loss"]).all(), "the loss of the first epochs must be finite"
     other = fit(method, data, jax.random.fold_in(key, 1), epochs=2, **settings)
     assert _differ(other.state, first.state), "fit must depend on its key"
+    return first.state
 
 
 def _check_members(method, data, key, rtol, batch_size):

@@ -353,7 +353,7 @@ def test_refusals(key, unchecked):
         pure = model._replace(taps=None)
         own = bc.laplace(pure, bc.Categorical, structure=bc.kronecker(), **base)
         own.update(own.init(key), batch_of(data), key)
-    with pytest.raises(TypeError, match=r"must have class logits for `probit`, got Gaussian.*`normal`"):
+    with pytest.raises(TypeError, match=r"must have logits for `probit`, got Gaussian.*`normal`"):
         own = bc.laplace(model, bc.homoscedastic(1.0), structure=bc.diagonal(), predictive=bc.probit, **base)
         own.predict(own.init(key), data.inputs, key)
     with pytest.raises(TypeError, match=r"must be normal for `normal`, got Categorical"):

@@ -73,6 +73,7 @@ def test_mean_variance_and_marginal_likelihood(name, classes):
     other = theirs(network, "classification" if classes else "regression", subset, hessian, inputs, targets)
     mean, covariance = other._glm_predictive_distribution(torch.tensor(asked))
 
+    rtol = 1e-5 if hessian == "full" else 1e-10  # theirs adds a jitter to the full matrix
     settings = dict(num_data=ROWS, structure=structure, prior_precision=PRIOR)
     settings["subset"] = bc.last_layer(model) if subset == "last_layer" else None
     likelihood = bc.Categorical if classes else bc.homoscedastic(NOISE)
@@ -86,14 +87,12 @@ def test_mean_variance_and_marginal_likelihood(name, classes):
         state, jnp.asarray(asked), None
     )
     covariance, mean = covariance.detach().numpy(), mean.detach().numpy()
-    np.testing.assert_allclose(own_mean, mean, rtol=1e-4)
-    np.testing.assert_allclose(own_covariance, covariance, rtol=1e-4, atol=1e-4 * np.abs(covariance).max())
+    np.testing.assert_allclose(own_mean, mean, rtol=rtol)
+    np.testing.assert_allclose(own_covariance, covariance, rtol=rtol, atol=rtol * np.abs(covariance).max())
     if classes:
         expected = other(torch.tensor(asked), pred_type="glm", link_approx="probit").detach().numpy()
-        np.testing.assert_allclose(pred.pooled_mean(), expected, rtol=1e-4)
+        np.testing.assert_allclose(pred.pooled_mean(), expected, rtol=rtol)
     else:
-        np.testing.assert_allclose(pred.mean[0], mean, rtol=1e-4)
-        np.testing.assert_allclose(pred.mean_variance[0], np.diagonal(covariance, axis1=1, axis2=2), rtol=1e-4)
-    np.testing.assert_allclose(method.evidence(state), other.log_marginal_likelihood().item(), rtol=1e-4)
-    worst = max(np.abs(own_covariance / covariance - 1).max(), np.abs(own_mean / mean - 1).max())
-    print(f"{name}: {worst:.1e}, {method.evidence(state)} and {other.log_marginal_likelihood().item()}")
+        np.testing.assert_allclose(pred.mean[0], mean, rtol=rtol)
+        np.testing.assert_allclose(pred.mean_variance[0], np.diagonal(covariance, axis1=1, axis2=2), rtol=rtol)
+    np.testing.assert_allclose(method.evidence(state), other.log_marginal_likelihood().item(), rtol=rtol)

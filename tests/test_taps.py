@@ -119,7 +119,7 @@ def test_a_layer_used_twice_is_an_error(key):
 
 def test_grouped_convolutions_are_refused(key):
     model = bc.from_linen(nn.Conv(4, (3,), feature_group_count=2), jnp.ones((1, 5, 4)))
-    with pytest.raises(ValueError, match=r"one matrix product, got '' with 2 feature groups"):
+    with pytest.raises(ValueError, match=r"one matrix product for each of the 2 rows, got '' with 2 feature groups"):
         model.taps(model.init(key), jnp.ones((2, 5, 4)), None)
 
 

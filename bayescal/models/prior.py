@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
 from bayescal.types import Array, Key, Model, PyTree, Variables
 
 Scale = float | Float[Array, ""]
+_PRIOR = 0x5052494F  # folded into the key of `init`, so that the prior shares no stream with the network
 
 
 class PriorStats(NamedTuple):
@@ -37,16 +39,20 @@ def with_prior(model: Model, *, scale: Scale) -> Model:
         Model with `model`'s own keys: one makes the network's pass stochastic, `None` deterministic.
 
     Raises:
-        ValueError: for a scale that is not positive.
+        ValueError: for a scale that is not one positive number.
     Source: Osband et al. 2018, "Randomized prior functions for deep reinforcement learning" (recalled).
     """
+    if np.shape(scale):
+        raise ValueError(
+            f"`scale` must be one number, got shape {np.shape(scale)}. Scale the outputs in the network itself, if each has "
+            "its own unit."
+        )
     if not isinstance(scale, Tracer) and not scale > 0:
         raise ValueError(f"`scale` must be positive, got {scale!r}. For no prior use `model` itself.")
 
     def init(key: Key) -> Variables:
-        network_key, prior_key = jax.random.split(key)
-        network = model.init(network_key)
-        return Variables(network.params, PriorStats(network.stats, model.init(prior_key)))
+        network, prior = model.init(key), model.init(jax.random.fold_in(key, _PRIOR))
+        return Variables(network.params, PriorStats(network.stats, prior))
 
     def with_outputs_of_prior(outputs, variables: Variables, inputs):
         prior = model.apply(variables.stats.prior, inputs, None)

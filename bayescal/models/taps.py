@@ -29,8 +29,10 @@ class Taps:
         """A stand-in for the `dot_general` of the dense layer whose parameters are at `path`."""
 
         def call(inputs, kernel, *args, **kwargs):
-            if kernel.ndim != 2:
-                raise _not_a_product(path, f"a kernel of shape {kernel.shape}")
+            if kernel.ndim != 2 or inputs.shape[0] != self.batch:
+                raise _not_a_product(
+                    path, f"a kernel of shape {kernel.shape} and inputs of shape {inputs.shape}", self.batch
+                )
             return self._watch(path, inputs, multiply(inputs, kernel, *args, **kwargs))
 
         return call
@@ -40,8 +42,9 @@ class Taps:
 
         def call(inputs, kernel, window_strides, padding, **kwargs):
             groups = kwargs.get("feature_group_count", 1)
-            if groups != 1 or any(d != 1 for d in kwargs.get("lhs_dilation") or ()):
-                raise _not_a_product(path, f"{groups} feature groups, input dilation {kwargs.get('lhs_dilation')}")
+            if groups != 1 or any(d != 1 for d in kwargs.get("lhs_dilation") or ()) or inputs.shape[0] % self.batch:
+                got = f"{groups} feature groups, input dilation {kwargs.get('lhs_dilation')}, inputs of shape {inputs.shape}"
+                raise _not_a_product(path, got, self.batch)
             outputs = convolve(inputs, kernel, window_strides, padding, **kwargs)
             sizes, dilation = kernel.shape[:-2], kwargs.get("rhs_dilation") or (1,) * (kernel.ndim - 2)
             seen = patches(inputs, sizes, tuple(window_strides), padding, tuple(dilation))
@@ -102,8 +105,8 @@ def patches(
     return stacked.reshape(*stacked.shape[:-2], prod(sizes) * images.shape[-1])
 
 
-def _not_a_product(path: Sequence, got: str) -> ValueError:
+def _not_a_product(path: Sequence, got: str, batch: int) -> ValueError:
     return ValueError(
-        f"`taps` need layers that are one matrix product, got {layer_name(path)!r} with {got}. Use another structure "
-        "(`diagonal`, `low_rank`), or `subset` for the other layers."
+        f"`taps` need layers that are one matrix product for each of the {batch} rows, got {layer_name(path)!r} with {got}. "
+        "Use another structure (`diagonal`, `low_rank`), or `subset` for the other layers."
     )

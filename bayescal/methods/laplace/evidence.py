@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayescal.methods.laplace.method import LaplaceState
+from bayescal.methods.map_estimate import weighted_mean
 from bayescal.types import Dataset, EnsembleState, Key, Method
 
 STEPS = 200
@@ -24,7 +25,7 @@ def fit_prior_precision(method: Method, state, *, noise: bool = False) -> Any:
     Args:
         method: `laplace(...)`, or an ensemble of it.
         state: of it, after at least one pass over the data.
-        noise: also multiply the likelihood's variance; for normal noise of a fixed variance.
+        noise: also multiply the likelihood's variance; for normal noise of a fixed variance, and `ggn`.
 
     Returns:
         The state with `prior_precision` and `noise_scale` replaced; `method.evidence(state)` is what was reached.
@@ -40,7 +41,8 @@ def fit_prior_precision(method: Method, state, *, noise: bool = False) -> Any:
     _check(members, alive)
     if noise and not np.asarray(members.numbers).all():
         raise TypeError(
-            "`noise` needs a likelihood of normal noise, got one without. Leave `noise` out, or use `homoscedastic`."
+            "`noise` needs normal noise of a fixed variance, and `ggn`, got another likelihood or curvature, which it would "
+            "not divide. Leave `noise` out, or use `homoscedastic`."
         )
     settings = () if method.members is None else method.members.settings
     tuned, last = jax.jit(jax.vmap(partial(maximise, evidence, noise, STEPS)))(settings, members)
@@ -83,21 +85,31 @@ def select_prior_precision(
             f"`grid` must hold positive prior precisions, got {grid!r}. `np.logspace(-4, 4, 25)` is usual."
         )
 
+    def own(members, value):
+        """The same number for every member and layer."""
+        return members._replace(prior_precision=jnp.full_like(members.prior_precision, value))
+
+    weights = (
+        jnp.ones(len(validation.targets)) if validation.weights is None else jnp.asarray(validation.weights, float)
+    )
+    weights = weights / weights.mean()
+
     @jax.jit
-    def scores(members, values, inputs, targets):
+    def scores(members, values, inputs, targets, weights):
         def one(value):
-            own = members._replace(prior_precision=jnp.full(len(alive), value, members.prior_precision.dtype))
-            return -method.predict(_with(state, own), inputs, key).log_prob(targets).mean()
+            pred = method.predict(_with(state, own(members, value)), inputs, key)
+            return -weighted_mean(pred.log_prob(targets), weights)
 
         return jax.lax.map(one, values)
 
-    found = np.asarray(scores(members, jnp.asarray(values), validation.inputs, validation.targets))
+    found = np.asarray(
+        scores(members, jnp.asarray(values), validation.inputs, jnp.asarray(validation.targets), weights)
+    )
     if not np.isfinite(found).any():
         raise ValueError(
             f"`grid` must hold a value with a finite NLL on the validation rows, got {found.tolist()}. Check the rows."
         )
-    best = values[np.nanargmin(found)]
-    return _with(state, members._replace(prior_precision=jnp.full(len(alive), best, members.prior_precision.dtype)))
+    return _with(state, own(members, values[np.nanargmin(found)]))
 
 
 def maximise(evidence: Callable, noise: bool, most: int, settings, state: LaplaceState):
@@ -170,6 +182,11 @@ def _check(members: LaplaceState, alive: np.ndarray) -> None:
         raise ValueError(
             "`state` must have seen the training data, got one that saw no rows. Pass the `state` of "
             "`fit(method, data, key, epochs=1, batch_size=..., start=...)`."
+        )
+    if not (np.asarray(members.decomposed) == rows)[alive].all():
+        raise ValueError(
+            f"`state` must be one after the end of an epoch, got a curvature of {np.asarray(members.decomposed).tolist()} rows "
+            f"where {rows.tolist()} were seen. Call `method.end_epoch(state)` after your own loop, as `fit` does."
         )
     finite = np.ones(len(alive), bool)
     for leaf in jax.tree.leaves(members.spectrum):

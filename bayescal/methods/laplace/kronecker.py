@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from bayescal.liveness import tree_bytes
 from bayescal.memory import CACHE
 from bayescal.methods.laplace.structures import Eigen, Structure, eigen, in_groups
-from bayescal.methods.laplace.view import View, layers, of_leaves
+from bayescal.methods.laplace.view import View, layers, of_leaves, reached
+from bayescal.predictive import float32_or_wider
 from bayescal.types import Batch, Key, PyTree
 
 
@@ -29,8 +30,9 @@ class Factors(NamedTuple):
 def kronecker(*, bias: Literal["joint", "apart"] = "joint") -> Structure:
     """H of each layer as A (x) G: A the mean over rows and positions of what it saw, G the sum of its roots' gradients.
 
-    Dense layers and convolutions, layers independent of each other. Exact for one dense layer with one output, or where
-    what a layer sees does not depend on the gradients; of the form "expand" for layers with several positions.
+    Dense layers and convolutions, layers independent of each other. Exact for one dense layer where the roots' gradients
+    do not depend on the row, as with normal noise of one variance (and `bias="joint"`); of the form "expand" for layers with
+    several positions, where the leading axis of what a layer sees must be the batch.
 
     Args:
         bias: "joint" takes a layer's bias as the weight of an input of one, so that kernel and bias are dependent;
@@ -49,6 +51,7 @@ def kronecker(*, bias: Literal["joint", "apart"] = "joint") -> Structure:
 
     def update(sums, view: View, batch: Batch, weights):
         names = _names(view, sums)
+        _check_used_once(view, names, batch.inputs)
         channels = {name: sums[own].gradient.shape[0] for own, name in names.items()}
 
         def add(sums, rows):
@@ -97,6 +100,33 @@ def kronecker(*, bias: Literal["joint", "apart"] = "joint") -> Structure:
         return jax.tree.unflatten(structure, leaves)
 
     return Structure(init, update, decompose, log_det, covariance, noise)
+
+
+def _check_used_once(view: View, names: dict[str, str], inputs) -> None:
+    """Raises unless every chosen kernel enters one operation, of what the rows have given; judged by the program."""
+    places = {name: own for name, own in zip(names.values(), layers(view.chosen()).values(), strict=True)}
+    chosen, structure = jax.tree.flatten(view.chosen())
+    rest = jax.tree.flatten(inputs)
+
+    def forward(chosen, inputs):
+        network = view._replace(variables=view.network(jax.tree.unflatten(structure, chosen)))
+        return network.tapped(None, jax.tree.unflatten(rest[1], inputs))
+
+    closed, (_, seen) = jax.make_jaxpr(forward, return_shape=True)(chosen, rest[0])
+    jaxpr = closed.jaxpr
+    used = lambda variable: sum(any(v is variable for v in e.invars) for e in jaxpr.eqns)
+    fed = reached(jaxpr, jaxpr.invars[len(chosen) :])
+    shown = dict(zip(sorted(seen), jaxpr.outvars[-len(seen) :], strict=True))
+    for name in set(names.values()) & set(seen):
+        for place in places[name]:
+            times, own = used(jaxpr.invars[place]), shown[name]
+            if times > 1 or hasattr(own, "val") or own not in fed:
+                got = f"{times} uses" if times > 1 else "inputs that do not depend on the rows"
+                raise ValueError(
+                    f"`subset` must hold layers that are used once, on each row, for `kronecker()`, got {got} of {name!r}: "
+                    "the curvature of shared weights does not factorise. Use `diagonal()` or `low_rank(50)`, or a `subset` "
+                    "of the others."
+                )
 
 
 def _shapes(view: View, channels: dict[str, int], batch: Batch):
@@ -176,16 +206,16 @@ def _zeros(layer: dict[str, jax.Array], bias: str) -> Factors:
             "`diagonal()`."
         )
     rows, channels = kernel.size // kernel.shape[-1] + ("bias" in layer and bias == "joint"), kernel.shape[-1]
-    square = lambda n: jnp.zeros((n, n), kernel.dtype)
-    return Factors(square(rows), square(channels), jnp.zeros((), kernel.dtype))
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    return Factors(jnp.zeros((rows, rows), dtype), jnp.zeros((channels, channels), dtype), jnp.zeros((), dtype))
 
 
 def _add(sums: Factors, seen, gradients, weights, bias: str) -> Factors:
     if sums.seen.shape[0] > seen.shape[-1]:
         seen = _with_one(seen)
     weight = weights[:, None, None]
-    clean = lambda x: jnp.where(weight == 0, 0, x)
-    seen, gradients = clean(seen), jnp.where(weight[None] == 0, 0, gradients)
+    seen, gradients = float32_or_wider(seen), float32_or_wider(gradients)
+    seen, gradients = jnp.where(weight == 0, 0, seen), jnp.where(weight[None] == 0, 0, gradients)
     weighted = (weight * seen).reshape(-1, seen.shape[-1])
     channels = gradients.shape[-1]
     return Factors(
@@ -221,7 +251,7 @@ def _layer_covariance(spectrum: tuple[Eigen, Eigen], precision, has_bias: bool, 
 def _layer_noise(spectrum: tuple[Eigen, Eigen], precision, layer: dict[str, Any], key: Key, bias: str):
     a, g = spectrum
     kernel_key, bias_key = jax.random.split(key)
-    normal = jax.random.normal(kernel_key, (a.values.size, g.values.size), layer["kernel"].dtype)
+    normal = jax.random.normal(kernel_key, (a.values.size, g.values.size), a.values.dtype)
     matrix = a.vectors @ (normal * jax.lax.rsqrt(jnp.outer(a.values, g.values) + precision)) @ g.vectors.T
     if "bias" not in layer:
         return {"kernel": matrix}

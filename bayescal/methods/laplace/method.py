@@ -10,7 +10,16 @@ from jax.core import Tracer
 
 from bayescal.methods.laplace.predictives import Posterior, Predict, normal, probit
 from bayescal.methods.laplace.structures import Structure, count
-from bayescal.methods.laplace.view import Selection, View, everything, ggn, layers, of_leaves, subtree
+from bayescal.methods.laplace.view import (
+    Selection,
+    View,
+    everything,
+    ggn,
+    layers,
+    noise_scales,
+    of_leaves,
+    subtree,
+)
 from bayescal.methods.map_estimate import check_positive, one_member, start_variables, weighted_mean
 from bayescal.predictive import Gaussian
 from bayescal.types import Batch, Key, Method, Model, PyTree, Variables
@@ -20,8 +29,10 @@ class LaplaceState(NamedTuple):
     """A network at its mode, what was summed up over the data, and the spectrum of its curvature.
 
     places: of single weights, where those are chosen.
-    sums: of the structure, over `rows` rows; `spectrum` is of num_data / rows times them, as of the last end of an epoch.
-    log_likelihood: nats, of the rows; `squares` and `numbers`: of normal noise, sum of error^2 / variance and its terms.
+    sums: of the structure, over `rows` rows; `spectrum` is of num_data / rows times them, as of the last end of an epoch,
+        when `decomposed` of them had been seen.
+    log_likelihood: nats, of the rows; `squares` and `numbers`: of normal noise of a fixed variance under `ggn`, sum of error^2
+        / variance and its terms, else 0.
     prior_precision: () or (layers,); noise_scale: what the likelihood's variance is multiplied by. Both can be replaced:
         nothing else in the state depends on them.
     """
@@ -31,6 +42,7 @@ class LaplaceState(NamedTuple):
     sums: PyTree
     spectrum: PyTree
     rows: jax.Array
+    decomposed: jax.Array
     log_likelihood: jax.Array
     squares: jax.Array
     numbers: jax.Array
@@ -76,18 +88,20 @@ def init(key: Key, start: PyTree | None, settings: _Settings, prior_precision) -
         )
     zero = jnp.zeros((), precision.dtype)
     spectrum = settings.structure.decompose(sums, jnp.ones((), precision.dtype), settings.num_data)
-    return LaplaceState(variables, places, sums, spectrum, zero, zero, zero, zero, precision, zero + 1)
+    scale = jnp.asarray(getattr(start, "noise_scale", 1.0), precision.dtype)  # as tuned before
+    return LaplaceState(variables, places, sums, spectrum, zero, zero, zero, zero, zero, precision, scale)
 
 
 def update(state: LaplaceState, batch: Batch, key: Key, settings: _Settings):
     """Adds the curvature of a batch's rows; the network stays as it is, and the key is not used."""
     view, weights = settings.view(state), jnp.asarray(batch.relative_weights())
     sums = settings.structure.update(state.sums, view, batch, weights)
-    pred = settings.likelihood(one_member(view.outputs(view.chosen(), batch.inputs)))
+    outputs = view.outputs(view.chosen(), batch.inputs)
+    pred = settings.likelihood(one_member(outputs))
     log_prob = pred.log_prob(batch.targets)
     total = lambda x: jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, x)).sum()
     squares = numbers = jnp.zeros(log_prob.shape)
-    if isinstance(pred, Gaussian):
+    if noise_scales(settings.likelihood, settings.curvature, outputs):
         squares = ((batch.targets - pred.mean[0]) ** 2 / pred.variance[0]).sum(-1)
         numbers = jnp.full(log_prob.shape, pred.mean.shape[-1], log_prob.dtype)
     added = state._replace(
@@ -104,7 +118,8 @@ def update(state: LaplaceState, batch: Batch, key: Key, settings: _Settings):
 def end_epoch(state: LaplaceState, settings: _Settings) -> LaplaceState:
     """Decomposes what was summed up, once for all predictions and prior precisions."""
     spectrum = settings.structure.decompose(state.sums, state.rows, settings.num_data)
-    return state._replace(spectrum=jax.tree.map(lambda new, old: new.astype(old.dtype), spectrum, state.spectrum))
+    spectrum = jax.tree.map(lambda new, old: new.astype(old.dtype), spectrum, state.spectrum)
+    return state._replace(spectrum=spectrum, decomposed=state.rows)
 
 
 def log_evidence(state: LaplaceState, settings: _Settings) -> jax.Array:
@@ -138,7 +153,7 @@ def laplace(
 ) -> Method:
     """N(mode, temperature * (H + prior_precision * I)^-1), H the curvature of the negative log-likelihood of all data.
 
-    Start it from a trained network and pass over the data once; the network stays as it is:
+    Start it from a trained network and pass over the data once; the network stays as it is (and a noise that was tuned):
 
         fitted = bc.fit(bc.map_estimate(..., prior_precision=1.0, num_data=n), train, key, epochs=50, batch_size=128)
         method = bc.laplace(model, bc.Categorical, num_data=n, structure=bc.kronecker(), prior_precision=1.0)

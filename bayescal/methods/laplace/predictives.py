@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from bayescal.methods.draws import check_draws, predict_draws
 from bayescal.methods.laplace.structures import Structure
-from bayescal.methods.laplace.view import View
+from bayescal.methods.laplace.view import View, only_member
 from bayescal.methods.map_estimate import one_member
-from bayescal.predictive import Categorical, Dirichlet, Gaussian, Predictive
+from bayescal.predictive import Bernoulli, Categorical, Dirichlet, Gaussian, Predictive
 from bayescal.types import Key, PyTree, Variables
 
 
@@ -49,18 +49,24 @@ class Posterior(NamedTuple):
 Predict = Callable[[Posterior, Any, Key | None], Predictive]
 
 
-def probit(posterior: Posterior, inputs, key: Key | None) -> Categorical:
-    """softmax(f / sqrt(1 + pi / 8 * var f)): one member, whose entropy is total; the key is not used.
+def probit(posterior: Posterior, inputs, key: Key | None) -> Categorical | Bernoulli:
+    """softmax(z / sqrt(1 + pi / 8 * var z)) of the logits z: one member, whose entropy is total; the key is not used.
 
     For the split into aleatoric and epistemic take `monte_carlo`, or `bridge`.
 
     Raises:
-        TypeError: for a likelihood without class logits.
+        TypeError: for a likelihood without logits, or with several members a network.
     Source: MacKay 1992; Daxberger et al. 2021, section 2 (multi-class).
     """
-    logits, covariance = _class_logits(posterior, inputs, "probit")
-    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    return Categorical((logits / jnp.sqrt(1 + math.pi / 8 * variance))[None])
+    pred = only_member(posterior.at_mode(inputs), "probit")
+    if not isinstance(pred, (Categorical, Bernoulli)):
+        raise TypeError(
+            f"`likelihood` must have logits for `probit`, got {type(pred).__name__}. Use `normal` for normal noise, or "
+            "`monte_carlo(20)`."
+        )
+    covariance = _covariance_of(posterior, inputs, lambda pred: pred.logits)
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1).reshape(pred.logits.shape)
+    return dataclasses.replace(pred, logits=pred.logits / jnp.sqrt(1 + math.pi / 8 * variance))
 
 
 def bridge(posterior: Posterior, inputs, key: Key | None) -> Dirichlet:
@@ -73,7 +79,13 @@ def bridge(posterior: Posterior, inputs, key: Key | None) -> Dirichlet:
         TypeError: for a likelihood without class logits.
     Source: MacKay 1998; Hobbhahn et al. 2022 (Laplace bridge), equation 7 (recalled).
     """
-    logits, covariance = _class_logits(posterior, inputs, "bridge")
+    pred = only_member(posterior.at_mode(inputs), "bridge")
+    if not isinstance(pred, Categorical):
+        raise TypeError(
+            f"`likelihood` must have class logits for `bridge`, got {type(pred).__name__}. Use `normal` for normal noise, "
+            "`probit` for one logit, or `monte_carlo(20)`."
+        )
+    logits, covariance = pred.logits[0], _covariance_of(posterior, inputs, lambda pred: pred.logits)
     rows = covariance.sum(-1)
     total = rows.sum(-1, keepdims=True)
     mean = logits - rows * logits.sum(-1, keepdims=True) / total
@@ -118,16 +130,14 @@ def normal(posterior: Posterior, inputs, key: Key | None) -> Gaussian:
         TypeError: for a likelihood that is not normal.
     Source: Foong et al. 2019; Immer et al. 2021.
     """
-    outputs, covariance = posterior.mean(inputs), posterior.covariance(inputs)
-    pred = posterior.likelihood(one_member(outputs))
+    pred = only_member(posterior.at_mode(inputs), "normal")
     if not isinstance(pred, Gaussian):
         raise TypeError(
             f"`likelihood` must be normal for `normal`, got {type(pred).__name__}. Use `probit`, `bridge` or "
             "`monte_carlo(20)`."
         )
-    of_row = lambda row: posterior.likelihood(row[None, None]).mean[0, 0]
-    slope = jax.vmap(jax.jacfwd(of_row))(outputs).reshape(outputs.shape[0], pred.mean.shape[-1], -1)
-    return dataclasses.replace(pred, mean_variance=jnp.einsum("bdi,bij,bdj->bd", slope, covariance, slope)[None])
+    covariance = _covariance_of(posterior, inputs, lambda pred: pred.mean)
+    return dataclasses.replace(pred, mean_variance=jnp.diagonal(covariance, axis1=-2, axis2=-1)[None])
 
 
 def sampled(num_draws: int) -> Predict:
@@ -158,11 +168,9 @@ def sampled(num_draws: int) -> Predict:
     return predict
 
 
-def _class_logits(posterior: Posterior, inputs, name: str) -> tuple[jax.Array, jax.Array]:
-    pred = posterior.at_mode(inputs)
-    if not isinstance(pred, Categorical):
-        raise TypeError(
-            f"`likelihood` must have class logits for `{name}`, got {type(pred).__name__}. Use `normal` for normal "
-            "noise, or `monte_carlo(20)`."
-        )
-    return pred.logits[0], posterior.covariance(inputs)
+def _covariance_of(posterior: Posterior, inputs, part: Callable[[Any], jax.Array]) -> jax.Array:
+    """(batch, numbers, numbers) of what the likelihood makes of the outputs, by its slope at the mode."""
+    outputs, covariance = posterior.mean(inputs), posterior.covariance(inputs)
+    of_row = lambda row: part(posterior.likelihood(row[None, None])).ravel()
+    slope = jax.vmap(jax.jacfwd(of_row))(outputs).reshape(outputs.shape[0], -1, covariance.shape[-1])
+    return jnp.einsum("bdi,bij,bej->bde", slope, covariance, slope)

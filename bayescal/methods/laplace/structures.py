@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bayescal.memory import device_budget
 from bayescal.methods.laplace.view import View, layers, of_leaves
+from bayescal.predictive import float32_or_wider
 from bayescal.types import Batch, Key, PyTree
 
 ROWS_BYTES = 2**26  # of Jacobians held at a time while they are summed
@@ -51,9 +53,8 @@ def diagonal() -> Structure:
         return jnp.einsum("bip,bjp->bij", jacobian / precisions(spectrum, precision, chosen), jacobian)
 
     def noise(spectrum, precision, chosen, key):
-        flat, unravel = ravel_pytree(chosen)
-        normal = jax.random.normal(key, flat.shape, flat.dtype)
-        return unravel(normal / jnp.sqrt(precisions(spectrum, precision, chosen)))
+        values = precisions(spectrum, precision, chosen)
+        return _unravel(chosen)(jax.random.normal(key, values.shape, values.dtype) / jnp.sqrt(values))
 
     return Structure(
         lambda chosen: jnp.zeros_like(_float_vector(chosen)),
@@ -96,12 +97,12 @@ def full() -> Structure:
 
     def covariance(spectrum, precision, view, inputs):
         turned = output_jacobian(view, inputs) @ spectrum.vectors
-        return jnp.einsum("bip,bjp->bij", turned / (spectrum.values + precision), turned)
+        return jnp.einsum("bip,bjp->bij", turned / (spectrum.values + _one(precision, "full()")), turned)
 
     def noise(spectrum, precision, chosen, key):
-        flat, unravel = ravel_pytree(chosen)
-        normal = jax.random.normal(key, flat.shape, flat.dtype)
-        return unravel(spectrum.vectors @ (normal / jnp.sqrt(spectrum.values + precision)))
+        values = spectrum.values + _one(precision, "full()")
+        normal = jax.random.normal(key, values.shape, values.dtype)
+        return _unravel(chosen)(spectrum.vectors @ (normal / jnp.sqrt(values)))
 
     return Structure(
         init,
@@ -116,7 +117,8 @@ def full() -> Structure:
 def low_rank(rank: int) -> Structure:
     """The `rank` largest eigenvalues of H with their vectors, kept up to date batch by batch; exact where H has no more.
 
-    Each batch's roots are joined to what is kept, and the largest directions of both are kept on.
+    Each batch's roots are joined to what is kept, and the largest directions of both are kept on. In float32 eigenvalues
+    below some 1e-13 of the largest are rounding.
 
     Args:
         rank: eigenvectors kept: rank x parameters numbers, and as many more for a batch's Jacobian.
@@ -149,16 +151,20 @@ def low_rank(rank: int) -> Structure:
         return kept + (size - spectrum.values.size) * jnp.log(precision)
 
     def covariance(spectrum, precision, view, inputs):
-        jacobian = output_jacobian(view, inputs)
+        """What the kept directions leave of the Jacobian has the prior's variance: no difference of large numbers."""
+        precision, jacobian = _one(precision, "low_rank"), output_jacobian(view, inputs)
         turned = jacobian @ spectrum.vectors
-        known = jnp.einsum("bip,bjp->bij", turned * (spectrum.values / (spectrum.values + precision)), turned)
-        return (jnp.einsum("bip,bjp->bij", jacobian, jacobian) - known) / precision
+        rest = jacobian - turned @ spectrum.vectors.T
+        rest = rest - (rest @ spectrum.vectors) @ spectrum.vectors.T  # once more: the first leaves rounding
+        known = jnp.einsum("bip,bjp->bij", turned / (spectrum.values + precision), turned)
+        return jnp.einsum("bip,bjp->bij", rest, rest) / precision + known
 
     def noise(spectrum, precision, chosen, key):
-        flat, unravel = ravel_pytree(chosen)
-        normal = jax.random.normal(key, flat.shape, flat.dtype)
+        precision, size = _one(precision, "low_rank"), spectrum.vectors.shape[0]
+        normal = jax.random.normal(key, (size,), spectrum.values.dtype)
         shrink = jax.lax.rsqrt(spectrum.values + precision) - jax.lax.rsqrt(precision)
-        return unravel(normal * jax.lax.rsqrt(precision) + spectrum.vectors @ (shrink * (normal @ spectrum.vectors)))
+        moved = spectrum.vectors @ (shrink * (normal @ spectrum.vectors))
+        return _unravel(chosen)(normal * jax.lax.rsqrt(precision) + moved)
 
     return Structure(init, update, decompose, log_det, covariance, noise)
 
@@ -166,11 +172,11 @@ def low_rank(rank: int) -> Structure:
 def eigen(matrix: jax.Array) -> Eigen:
     """Eigenvalues and vectors of a matrix that is positive semi-definite but for rounding.
 
-    A value below zero by no more than rounding, size * eps * the largest, is zero; one further below makes all NaN: the
-    matrix is indefinite, and no normal distribution has it for a precision.
+    A value below zero by no more than sqrt(eps) * the largest, which sums over many rows round to, is zero; one further
+    below makes all NaN: the matrix is indefinite, and no normal distribution has it for a precision.
     """
     values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
-    slack = values.size * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
+    slack = math.sqrt(jnp.finfo(values.dtype).eps) * jnp.abs(values).max()
     indefinite = values.min() < -slack
     return Eigen(jnp.where(indefinite, jnp.nan, jnp.maximum(values, 0)), vectors)
 
@@ -179,7 +185,7 @@ def output_jacobian(view: View, inputs) -> jax.Array:
     """(batch, outputs, parameters): of the flat outputs of every row with respect to the flat chosen parameters."""
     flat, unravel = ravel_pytree(view.chosen())
     one = lambda flat, row: view.outputs(unravel(flat), jax.tree.map(lambda x: x[None], row)).ravel()
-    return jax.vmap(jax.jacrev(one), in_axes=(None, 0))(flat, inputs)
+    return float32_or_wider(jax.vmap(jax.jacrev(one), in_axes=(None, 0))(flat, inputs))
 
 
 def _over_rows(join: Callable, sums, view: View, batch: Batch, weights: jax.Array):
@@ -192,7 +198,7 @@ def _over_rows(join: Callable, sums, view: View, batch: Batch, weights: jax.Arra
 
     def of_group(group):
         inputs, targets, weight = group
-        jacobian = jax.vmap(jax.jacrev(roots), in_axes=(None, 0, 0))(flat, inputs, targets)
+        jacobian = float32_or_wider(jax.vmap(jax.jacrev(roots), in_axes=(None, 0, 0))(flat, inputs, targets))
         weight = weight[:, None, None]
         return jnp.where(weight == 0, 0, jnp.sqrt(weight) * jnp.where(weight == 0, 0, jacobian))
 
@@ -226,11 +232,24 @@ def in_groups(add: Callable, sums, rows: tuple, size: int):
 
 
 def _largest(rows: jax.Array, number: int) -> jax.Array:
-    """(number, size) orthogonal rows with the same product rows^T rows, but for its smallest directions."""
-    values, turns = jnp.linalg.eigh(rows @ rows.T)
-    turned = turns[:, -number:].T @ rows
-    slack = rows.shape[0] * jnp.finfo(rows.dtype).eps * values[-1]
-    return jnp.where((values[-number:] <= slack)[:, None], 0, turned)
+    """(number, size) orthogonal rows with the same product rows^T rows, but for its smallest directions.
+
+    By singular values: eigenvalues of rows rows^T would lose half of the digits.
+    """
+    _, values, vectors = jnp.linalg.svd(rows, full_matrices=False)
+    return values[:number, None] * vectors[:number]
+
+
+def _unravel(chosen: PyTree) -> Callable[[jax.Array], PyTree]:
+    """From one vector to a pytree of the same shapes, in the vector's own precision."""
+    leaves, structure = jax.tree.flatten(chosen)
+    ends = np.cumsum([x.size for x in leaves])[:-1]
+
+    def unravel(flat):
+        parts = jnp.split(flat, ends)
+        return jax.tree.unflatten(structure, [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
+
+    return unravel
 
 
 def _each(precision: jax.Array, chosen: PyTree) -> jax.Array:
@@ -250,13 +269,14 @@ def _one(precision: jax.Array, name: str) -> jax.Array:
 
 
 def _float_vector(chosen: PyTree) -> jax.Array:
+    """All as one vector, in float32 or wider: sums over many rows need it."""
     flat = ravel_pytree(chosen)[0]
     if not flat.size or not jnp.issubdtype(flat.dtype, jnp.floating):
         raise ValueError(
             f"`subset` must hold floating parameters, got {flat.size} of type {flat.dtype}. The layers of the network "
             f"are {sorted(layers(chosen))}."
         )
-    return flat
+    return float32_or_wider(flat)
 
 
 def count(chosen: PyTree) -> int:

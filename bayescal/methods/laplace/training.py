@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bayescal.methods.laplace.evidence import maximise
 from bayescal.methods.laplace.method import LaplaceState, laplace
 from bayescal.methods.laplace.structures import Structure
-from bayescal.methods.laplace.view import ggn, of_leaves
+from bayescal.methods.laplace.view import ggn, noise_scales, of_leaves
 from bayescal.methods.map_estimate import one_member, share_of_penalty, start_variables, weighted_mean
 from bayescal.predictive import Gaussian
 from bayescal.types import Batch, Key, Method, Model, PyTree, Variables
@@ -37,6 +37,10 @@ class EvidenceState(NamedTuple):
     @property
     def prior_precision(self) -> jax.Array:
         return self.laplace.prior_precision
+
+    @property
+    def noise_scale(self) -> jax.Array:
+        return self.laplace.noise_scale
 
 
 def marginal_likelihood_training(
@@ -70,11 +74,13 @@ def marginal_likelihood_training(
         newton_steps: in an evidence epoch at most.
 
     Returns:
-        Method whose state is `EvidenceState`, a `start` for `laplace(..., prior_precision=state.prior_precision)`; its info is
+        Method whose state is `EvidenceState`, a `start` for `laplace(..., prior_precision=state.prior_precision)`, which takes
+        the noise from it; its info is
         `loss`, mean nats per example, `prior_precision`, the geometric mean over layers, and `log_evidence`.
 
     Raises:
         ValueError: for settings out of range.
+        TypeError: for `noise` with a likelihood or curvature that does not scale with it.
     Source: Immer et al. 2021 (scalable marginal likelihood estimation), algorithm 1, with Newton's for gradient steps.
     """
     for name, value, least in (("burn_in", burn_in, 0), ("every", every, 2), ("newton_steps", newton_steps, 1)):
@@ -112,6 +118,11 @@ def marginal_likelihood_training(
 
         def objective(params):
             outputs, stats, penalty = model.train(own.variables._replace(params=params), batch.inputs, key)
+            if noise and not noise_scales(likelihood, curvature, outputs):
+                raise TypeError(
+                    "`noise` needs normal noise of a fixed variance, and `ggn`, got another likelihood or curvature, which "
+                    "it would not divide. Leave `noise` out, or use `homoscedastic`."
+                )
             loss = -weighted_mean(scaled(outputs, own.noise_scale).log_prob(batch.targets), jnp.asarray(batch.weights))
             each = of_leaves(own.prior_precision, params)
             pull = sum(p * (x**2).sum() for p, x in zip(each, jax.tree.leaves(params), strict=True))

@@ -154,7 +154,7 @@ def ggn(likelihood: Callable) -> Callable[[Any, Array], jax.Array]:
     """
 
     def root(outputs, targets):
-        pred = likelihood(one_member(outputs))
+        pred = only_member(likelihood(one_member(outputs)), "ggn")
         still = jax.lax.stop_gradient
         match pred:
             case Categorical():
@@ -214,11 +214,39 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1)
 
 
-def _depends(function: Callable, x) -> bool:
-    """Whether what `function` gives depends on `x`, judged by the program: operations that `x` leads to."""
-    jaxpr = jax.make_jaxpr(function)(x).jaxpr
-    reached = set(jaxpr.invars)
+def noise_scales(likelihood: Callable, curvature: Callable, outputs) -> bool:
+    """Whether the curvature is divided by what the noise variance is multiplied by: normal noise of a fixed variance, `ggn`."""
+    found: list = []
+    jax.eval_shape(lambda outputs: found.append(likelihood(one_member(outputs))), outputs)
+    normal = isinstance(found[0], Gaussian)
+    return normal and curvature is ggn and not _depends(lambda x: likelihood(one_member(x)).variance, outputs)
+
+
+def only_member(pred, name: str):
+    """The predictive of one network.
+
+    Raises:
+        TypeError: for a likelihood that makes several members of one network.
+    """
+    if pred.num_members != 1:
+        raise TypeError(
+            f"`likelihood` must give one member a network for `{name}`, got {pred.num_members}. Use `empirical_fisher` with "
+            "`sampled(20)`, which take any."
+        )
+    return pred
+
+
+def reached(jaxpr, variables) -> set:
+    """Everything in the program that `variables` lead to."""
+    found = set(variables)
     for equation in jaxpr.eqns:
-        if any(v in reached for v in equation.invars if not hasattr(v, "val")):
-            reached.update(equation.outvars)
-    return any(v in reached for v in jaxpr.outvars if not hasattr(v, "val"))
+        if any(v in found for v in equation.invars if not hasattr(v, "val")):
+            found.update(equation.outvars)
+    return found
+
+
+def _depends(function: Callable, x) -> bool:
+    """Whether what `function` gives depends on `x`, judged by the program."""
+    jaxpr = jax.make_jaxpr(function)(x).jaxpr
+    found = reached(jaxpr, jaxpr.invars)
+    return any(v in found for v in jaxpr.outvars if not hasattr(v, "val"))
