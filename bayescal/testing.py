@@ -1,5 +1,6 @@
 """Protocol tests for any method, your own included: `check_method(method, model, data)`."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from bayescal.decompose import decompose
 from bayescal.methods.ensemble import ensemble
 from bayescal.predictive import Dirichlet, concatenate
 from bayescal.sharding import make_mesh
-from bayescal.train import fit, predict
+from bayescal.train import fit
+from bayescal.train.predict import over_rows
 from bayescal.types import Batch, Dataset, EnsembleState, Method, Model
 
 
@@ -111,8 +113,9 @@ def _check_draw(method, model, state, key):
     draw = jax.jit(method.draw)
     one = draw(state, key)
     _same(draw(state, key), one, "draw must give the same network for the same key")
-    keys = jax.random.split(key, 4)  # of few networks two draws may well be the same
-    assert any(_differ(draw(state, k), one) for k in keys), "draw must depend on its key"
+    keys = jax.random.split(key, 16)  # of few networks two draws may well be the same
+    if np.all(getattr(state, "ready", True)):  # a chain that has kept nothing has one network to give
+        assert any(_differ(draw(state, k), one) for k in keys), "draw must depend on its key"
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     assert shapes(one) == shapes(jax.eval_shape(model.init, key)), "draw must give variables as the model's init does"
     assert all(np.isfinite(x).all() for x in _leaves(one.params)), "a drawn network must be finite"
@@ -171,12 +174,14 @@ def _check_members(method, data, key, rtol, batch_size):
         "vmap and map, on whatever devices, must agree to rounding",
     )
 
-    pred = jax.tree.map(np.asarray, predict(both, mapped.state, data.inputs[:8], key))
+    # As `bayescal.predict`, which refuses chains that have kept no sample yet: theirs may need many epochs.
+    spread = partial(over_rows, both.predict, networks=2, chunk_size=None, mesh=None)
+    pred = jax.tree.map(np.asarray, spread(mapped.state, data.inputs[:8], key))
     own = pred.num_members // 2
     first, second = (jax.tree.map(lambda x, part=part: x[part], pred) for part in (slice(own), slice(own, None)))
     assert _differ(first, second), "members must differ"
     spoilt = EnsembleState(jax.tree.map(_spoil_second, mapped.state.members), jnp.array([True, False]))
-    rest = predict(both, spoilt, data.inputs[:8], key)
+    rest = spread(spoilt, data.inputs[:8], key)
     _close(decompose(rest)[:3], decompose(first)[:3], rtol, "a member that is not alive must not count")
 
 

@@ -12,15 +12,14 @@ Killed at any moment, the same command goes on where it was, to the same figures
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 import yaml
+from compare_methods_recipes import RECIPES, network
 from compare_methods_report import SHIFTS, print_table, write
 
 import bayescal as bc
@@ -44,19 +43,41 @@ class Config:
     methods: tuple[str, ...] = ("single", "deep_ensemble", "mc_dropout", "variational", "variational_ensemble")
     seed: int = 0  # of the first split and the first training
     seeds: int = 1  # repetitions: splits and keys seed, seed + 1, ...
-    hidden: tuple[int, ...] = (128, 128)
-    epochs: int = 60
+    hidden: tuple[int, ...] = (256, 256)
+    epochs: int = 100
     batch_size: int = 64
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.3
     num_members: int = 10  # deep_ensemble
     dropout: float = 0.2  # mc_dropout
     num_draws: int = 20  # mc_dropout, variational
     variational_members: int = 5  # variational_ensemble
-    variational_epochs: int = 100
-    variational_learning_rate: float = 3e-3
-    prior_scale: float = 0.3
+    variational_epochs: int = 150  # and of ivon
+    variational_learning_rate: float = 1e-2
+    prior_scale: float = 1.0  # variational
     temperature: float = 1.0  # of the variational posterior; 1 = Bayes
+    prior_precision: float = (
+        1.0  # of chains, ivon and svgd; where Laplace's begins, which follows the marginal likelihood
+    )
+    anchor_precision: float = 30.0  # anchored_ensemble
+    prior_function_scale: float = 10.0  # randomised_prior_ensemble
+    ivon_learning_rate: float = 0.1
+    ivon_beta2: float = 0.999
+    ivon_hessian: float = 1.0
+    swag_epochs: int = 20
+    swag_learning_rate: float = 0.1
+    chains: int = 2  # of every sampler
+    chain_epochs: int = 100  # sgld, psgld, sghmc, cyclical_sgld
+    sgld_step: float = 3e-2  # times 1 / num_data, as the others
+    psgld_step: float = 1e-4
+    sghmc_step: float = 3e-3  # of step_size^2
+    sghmc_friction: float = 0.1  # times 1 / step_size: the share of momentum lost in a step
+    cyclical_step: float = 3e-2
+    cycles: int = 4
+    mclmc_updates: int = 60  # half of them warm-up
+    mclmc_steps: int = 20  # an update
+    nuts_warmup: int = 60  # and as many transitions after
+    nuts_doublings: int = 5
     max_rows: int | None = None  # of each set; for quick looks
     checkpoint_every: int = 20  # epochs
     fresh: bool = False  # throw away what a killed run has left, and begin again
@@ -82,45 +103,6 @@ class Outcome(NamedTuple):
     figures: dict[str, Any]  # the method's part of metrics.json, of this seed
 
 
-def network(config: Config, dropout: float = 0.0) -> bc.Model:
-    return bc.models.mlp(64, config.hidden, 8, dropout=dropout)
-
-
-def single(config: Config, num_data: int) -> bc.Method:
-    optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-    return bc.map_estimate(network(config), bc.Categorical, optimizer)
-
-
-def deep_ensemble(config: Config, num_data: int) -> bc.Method:
-    return bc.ensemble(single(config, num_data), config.num_members)
-
-
-def mc_dropout(config: Config, num_data: int) -> bc.Method:
-    optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-    return bc.mc_dropout(network(config, config.dropout), bc.Categorical, optimizer, num_draws=config.num_draws)
-
-
-def variational(config: Config, num_data: int) -> bc.Method:
-    return bc.variational(
-        network(config),
-        bc.Categorical,
-        optax.adam(config.variational_learning_rate),
-        num_data=num_data,
-        num_draws=config.num_draws,
-        prior_scale=config.prior_scale,
-        temperature=config.temperature,
-    )
-
-
-def variational_ensemble(config: Config, num_data: int) -> bc.Method:
-    return bc.ensemble(variational(config, num_data), config.variational_members)
-
-
-METHODS: dict[str, Callable[[Config, int], bc.Method]] = {
-    f.__name__: f for f in (single, deep_ensemble, mc_dropout, variational, variational_ensemble)
-}
-
-
 def load_sets(seed: int, max_rows: int | None = None) -> Sets:
     split = bc.data.digits(seed)
     cut = lambda d: bc.Dataset(d.inputs[:max_rows], d.targets[:max_rows])
@@ -133,21 +115,31 @@ def load_sets(seed: int, max_rows: int | None = None) -> Sets:
     return Sets(train, validation, {**asked, "ood": unseen[:2]})
 
 
-def run_method(config: Config, name: str, method: bc.Method, sets: Sets, seed: int, checkpoints: Path) -> Outcome:
+def run_method(
+    config: Config, name: str, method: bc.Method, sets: Sets, seed: int, checkpoints: Path, start: Outcome | None
+) -> Outcome:
     """Trains one method and measures it on every set."""
-    epochs = config.variational_epochs if name.startswith("variational") else config.epochs
+    recipe = RECIPES[name]
     settings = {k: v for k, v in as_dict(config).items() if k not in NOT_OF_THE_TRAINING}
     fitted = bc.fit(
         method,
         sets.train,
         jax.random.key(seed),
-        epochs=epochs,
-        batch_size=config.batch_size,
+        epochs=recipe.epochs(config),
+        batch_size=len(sets.train.targets) if recipe.whole else config.batch_size,
+        start=None if start is None else start.fit.state,
         checkpoint=bc.Checkpoint(training_folder(checkpoints, seed, name), config.checkpoint_every, config=settings),
         progress=config.progress,
     )
+    began = time.perf_counter()
+    if recipe.tune is not None:
+        fitted = fitted._replace(
+            state=jax.block_until_ready(recipe.tune(method, fitted.state, sets.validation, jax.random.key(seed + 2000)))
+        )
+    tuning = time.perf_counter() - began
     first, later = fitted.seconds["first_epoch"], fitted.seconds["later_epochs"]
-    seconds = {"train": first + later, "first_epoch": first}
+    own = 0.0 if start is None else start.figures["seconds"]["train"].value
+    seconds = {"train": own + first + later + tuning, "start": own, "first_epoch": first}
 
     inputs = np.concatenate([x for x, _ in sets.asked.values()])
     for phase in ("first_call", "predict"):
@@ -163,7 +155,23 @@ def run_method(config: Config, name: str, method: bc.Method, sets: Sets, seed: i
     parts = {set_: bc.Uncertainty(*(x[at] for x in parts)) for set_, at in rows.items()}
     figures = measure(pooled, parts, {set_: targets for set_, (_, targets) in sets.asked.items()})
     figures["seconds"] = {phase: bc.Estimate(value) for phase, value in seconds.items()}
+    figures["chains"] = chains(config, fitted, sets)
     return Outcome(fitted, preds, pooled, parts, figures)
+
+
+def chains(config: Config, fitted: bc.Fit, sets: Sets) -> dict[str, bc.Estimate]:
+    """How well the chains of a sampler agree, on what predictions depend on; nothing for other methods."""
+    if not hasattr(getattr(fitted.state, "members", None), "samples"):
+        return {}
+    model = network(config)
+    centred = lambda logits: logits - logits.mean(-1, keepdims=True)  # log-probabilities near 0 round to a constant
+    values = model._replace(apply=lambda v, x, key: centred(model.apply(v, x, key)))
+    figures = bc.chain_diagnostics(values, fitted.state, sets.asked["validation"][0][:32]).worst()
+    half = {k: v[len(v) // 2 :] for k, v in fitted.history.items()}  # after the warm-up
+    if "acceptance" in half:
+        figures["acceptance"] = bc.Estimate(float(half["acceptance"].mean()), convention="mean Metropolis acceptance")
+        figures["divergences"] = bc.Estimate(float(half["divergent"].sum()), convention="of all chains, after warm-up")
+    return figures
 
 
 def training_folder(checkpoints: Path, seed: int, name: str) -> Path:
@@ -267,12 +275,18 @@ def median(results: list[dict[str, bc.Estimate]]) -> dict[str, bc.Estimate]:
 
 def main(config: Config, folder: Path) -> dict[str, Any]:
     """Runs the comparison, writes the run's folder, prints the table, and returns what is in metrics.json."""
-    unknown = sorted(set(config.methods) - set(METHODS))
+    unknown = sorted(set(config.methods) - set(RECIPES))
     if unknown or not config.methods or config.seeds < 1:
         raise ValueError(
-            f"`methods` must be some of {', '.join(METHODS)}, and `seeds` at least 1, got {', '.join(unknown) or 'none'} "
+            f"`methods` must be some of {', '.join(RECIPES)}, and `seeds` at least 1, got {', '.join(unknown) or 'none'} "
             f"and {config.seeds}. Check the spelling."
         )
+    for place, name in enumerate(config.methods):
+        needed = RECIPES[name].start
+        if needed is not None and needed not in config.methods[:place]:
+            raise ValueError(
+                f"`methods` must hold {needed!r} before {name!r}, which starts from it, got {config.methods}. Add it."
+            )
     began = time.perf_counter()
     checkpoints = folder / "checkpoints"  # of trainings that are not over; gone when the run is
     for old in (folder / "checkpoints.over", *([checkpoints] if config.fresh else [])):
@@ -283,8 +297,9 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
         sets = load_sets(seed, config.max_rows)
         outcomes = {}
         for name in config.methods:
-            method = methods.setdefault(name, METHODS[name](config, len(sets.train.targets)))
-            outcomes[name] = run_method(config, name, method, sets, seed, checkpoints)
+            method = methods.setdefault(name, RECIPES[name].build(config, len(sets.train.targets)))
+            start = outcomes.get(RECIPES[name].start)
+            outcomes[name] = run_method(config, name, method, sets, seed, checkpoints, start)
             where = folder / "predictions" if not first else folder / "predictions" / f"seed{seed}"
             save_predictions(where / f"{name}.npz", outcomes[name].preds["test"], sets.asked["test"][1])
             print(f"seed {seed}  {name:22s} {outcomes[name].figures['seconds']['train'].value:6.1f} s", flush=True)
@@ -323,7 +338,8 @@ CONVENTIONS = {
     "intervals": "95 %. One seed: over examples (Wilson for accuracy, normal for means, logit DeLong for AUROC; none "
     "for ECE, whose bootstrap does not cover). Several seeds: Student's t over seeds, each with its own split; splits "
     "share images, so that the intervals are for the mean over splits of this data set.",
-    "seconds": "wall clock of the last process; train includes first_epoch, and that compilation on the first seed; "
+    "seconds": "wall clock of the last process; train includes first_epoch, and that compilation on the first seed, and "
+    "start, the training of the network or ensemble that a method begins from; "
     "first_call = first prediction of all sets, compilation included on the first seed; predict = the same again. "
     "Several seeds: medians.",
 }

@@ -29,12 +29,28 @@ COLUMNS = {
 }
 
 
+CHAINS = (
+    "Of the centred logits of 32 validation images, the worst of all: rank-normalised split R-hat (above 1.01 chains do "
+    "not agree yet) and bulk effective sample size of all chains together."
+)
 LABELS = {"accuracy": "accuracy", "nll": "NLL (nats, log scale)", "ece": "ECE"}
 
 
 def main_table(result) -> Table:
-    rows = [[name, *(figures[a][b] for a, b in COLUMNS.values())] for name, figures in result["methods"].items()]
-    return Table(["method", *COLUMNS], rows)
+    one = result["methods"].get("single")
+    rows = []
+    for name, figures in result["methods"].items():
+        times = [figures["seconds"]["train"].value / one["seconds"]["train"].value] if one else []
+        rows.append([name, *(figures[a][b] for a, b in COLUMNS.values()), *map(bc.Estimate, times)])
+    return Table(["method", *COLUMNS, *(["x single"] if one else [])], rows)
+
+
+def chains_table(result) -> Table:
+    """Samplers alone: R-hat and effective samples of logits, acceptance, divergences."""
+    names = ("r_hat", "ess", "acceptance", "divergences")
+    own = {name: figures["chains"] for name, figures in result["methods"].items() if figures["chains"]}
+    rows = [[name, *(figures.get(k, "") for k in names)] for name, figures in own.items()]
+    return Table(["sampler", "largest R-hat", "least ESS", "acceptance", "divergences"], rows)
 
 
 def print_table(result) -> None:
@@ -43,20 +59,22 @@ def print_table(result) -> None:
 
     table = RichTable(title="test images and unseen digits", title_justify="left")
     table.add_column("method", no_wrap=True)
-    for column in COLUMNS:
+    main = main_table(result)
+    for column in main.columns[1:]:
         table.add_column(column, justify="right")
-    for name, *cells in main_table(result).rows:
+    for name, *cells in main.rows:
         table.add_row(name, *(short(cell.value) for cell in cells))
     Console(width=130).print(table)
 
 
 def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
     """Figures as png, and report.html with the same figures inside."""
+    drawn = dict(list(outcomes.items())[: len(plots.COLOURS)])
     figures = {
-        "reliability": figure_reliability(sets, outcomes),
-        "shift": figure_shift(result),
-        "uncertainty": figure_uncertainty(outcomes),
-        "rejection": figure_rejection(sets, outcomes),
+        "reliability": figure_reliability(sets, drawn),
+        "shift": figure_shift({name: result["methods"][name] for name in drawn}),
+        "uncertainty": figure_uncertainty(drawn),
+        "rejection": figure_rejection(sets, drawn),
     }
     if "deep_ensemble" in outcomes:
         figures["aleatoric"] = figure_images(sets, outcomes["deep_ensemble"], "aleatoric")
@@ -74,6 +92,7 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
         f"{len(outcomes)} methods on scikit-learn's digits: classes 0 to 7 are learnt ({sizes} and "
         f"{len(sets.asked['test'][1])} test images), {len(sets.asked['ood'][1])} images of 8 and 9 are never seen in "
         f"training. {seeds[0].upper() + seeds[1:]}, starting at {config.seed}."
+        + (f" Figures show the first {len(drawn)} methods, tables all." if len(drawn) < len(outcomes) else "")
     )
     first = "" if config.seeds == 1 else f" Drawn from the first of the {config.seeds} seeds."
     sections = [
@@ -84,6 +103,7 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
             [main_table(result)],
         ),
         *([Section("Paired differences", "", [comparison_table(result)])] if result["comparisons"] else []),
+        *([Section("Chains", CHAINS, [chains_table(result)])] if chains_table(result).rows else []),
         Section(
             "Calibration",
             "Accuracy against confidence of the top label, with 95 % Wilson bands; points grow with their share of "
@@ -158,12 +178,12 @@ def figure_reliability(sets, outcomes):
     return figure
 
 
-def figure_shift(result):
+def figure_shift(methods):
     figure, axes = plt.subplots(3, len(SHIFTS), figsize=(11, 7.5), sharex=True, sharey="row", layout="constrained")
     for row, metric in enumerate(("accuracy", "nll", "ece")):
         for column, kind in enumerate(SHIFTS):
             lines = {}
-            for name, figures in result["methods"].items():
+            for name, figures in methods.items():
                 shifted = figures["shift"][kind]
                 values = [figures["test"][metric].value] + [shifted[s][metric].value for s in shifted]
                 lines[name] = (np.arange(len(values)), np.array(values))

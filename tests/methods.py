@@ -50,11 +50,17 @@ def tethered(model, likelihood, optimizer, strength):
 
 
 def refreshed(model, optimizer):
-    """Refresh of draws, begun from a posterior that has collected nothing: the protocol starts from none."""
+    """Refresh of draws, begun from a posterior that is made up: the protocol starts from none."""
     swag = bc.swag(model, bc.Categorical, optimizer, num_draws=2, rank=3, burn_in=1, every=1)
     after = bc.refresh(swag, model, bc.Categorical, num_draws=2)
-    begun = lambda key, start: swag.init(key, None) if start is None else start
-    return after._replace(init=lambda key, start=None: after.init(key, begun(key, start)))
+
+    def init(key, start=None):
+        state = swag.init(key, None) if start is None else start
+        squares = jax.tree.map(lambda x: jnp.full_like(x, 0.02), state.squares)
+        made_up = state._replace(squares=squares, average=state.average._replace(count=jnp.int32(2)))
+        return after.init(key, made_up)
+
+    return after._replace(init=init)
 
 
 class LinenNet(nn.Module):

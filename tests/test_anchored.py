@@ -53,17 +53,20 @@ def test_members_are_the_ridge_regressions_of_their_anchors(key):
 
 
 def test_where_data_say_nothing_the_spread_is_the_prior(key):
-    """One unused feature keeps the prior's variance, as in the posterior."""
+    """One unused feature goes to its anchor, and so keeps the prior's variance, as in the posterior; the others do not."""
     data = linear_data()
     inputs = np.concatenate([data.inputs, np.zeros((ROWS, 1), np.float32)], axis=1)
     method = anchored(
-        linear_model(FEATURES + 1), bc.homoscedastic(NOISE), optax.sgd(1.0), num_data=ROWS, prior_precision=PRIOR
+        linear_model(FEATURES + 1), bc.homoscedastic(NOISE), DESCENT, num_data=ROWS, prior_precision=PRIOR
     )
     state = method.init(key, None)
-    batch = bc.Batch(jnp.asarray(0 * inputs), jnp.asarray(data.targets), jnp.ones(ROWS), jnp.arange(ROWS))
+    batch = bc.Batch(jnp.asarray(inputs), jnp.asarray(data.targets), jnp.ones(ROWS), jnp.arange(ROWS))
     step = jax.jit(lambda state, _: (method.update(state, batch, key)[0], None))
-    state, _ = jax.lax.scan(step, state, length=1000)  # (1 - prior / rows)^1000 = 2e-9 of the start is left
-    np.testing.assert_allclose(state.variables.params, state.opt_state[0], rtol=1e-4, atol=1e-5)
+    state, _ = jax.lax.scan(step, state, length=20_000)  # (1 - rate * prior / rows)^20000 = 2e-9 of the start is left
+    weights, anchor = (np.asarray(x)[:, 0] for x in (state.variables.params, state.opt_state[0]))
+    np.testing.assert_allclose(weights[-1], anchor[-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(weights[:-1], solution(anchor[:-1]), rtol=1e-4, atol=1e-5)
+    assert np.abs(weights[:-1] - anchor[:-1]).min() > 1e-3
 
 
 @pytest.mark.parametrize("rows", [5, 50])
@@ -116,6 +119,23 @@ def test_starts_where_it_is_told_and_keeps_its_anchor(key):
     assert (other.opt_state[0] != state.opt_state[0]).all()
     again = method.init(key, other)  # a state, whose anchor is not taken over
     np.testing.assert_array_equal(again.opt_state[0], fresh.opt_state[0])
+
+
+def test_the_anchor_has_a_stream_of_its_own(key):
+    """Not the one of which a network draws its layers: `split(key)[1]` is also the key of a layer of an earlier fit's."""
+    model = bc.models.mlp(8, (40, 40), 40)
+    method = anchored(model, bc.Categorical, DESCENT, num_data=30, prior_precision=1.0)
+    kernels = lambda tree: [np.ravel(x) for x in jax.tree.leaves(tree) if x.ndim == 2]
+    for start in (None, model.init(key)):
+        state = method.init(key, start)
+        longest = min(map(len, kernels(state.opt_state[0])))
+        for anchor in kernels(state.opt_state[0]):
+            for weights in kernels(state.variables.params):
+                assert abs(np.corrcoef(anchor[:longest], weights[:longest])[0, 1]) < 4.5 / np.sqrt(longest)
+    prior = with_prior(model, scale=1.0).init(key)
+    for fixed, own in zip(kernels(prior.stats.prior.params), kernels(prior.params), strict=True):
+        assert abs(np.corrcoef(fixed, own)[0, 1]) < 4.5 / np.sqrt(len(own))
+    jax.tree.map(np.testing.assert_array_equal, prior.params, model.init(key).params)
 
 
 def test_an_own_objective_is_pulled_too(key):
@@ -221,6 +241,11 @@ def test_scale_as_a_setting_of_each_member_and_outputs_in_parts(key):
             lambda: linear(prior_precision={"w": 1.0}).init(jax.random.key(0), None),
             r"`prior_precision` must be one number, or a pytree .*, PyTreeDef\(\*\), got PyTreeDef\({'w': \*}\)",
         ),
+        (
+            lambda: linear(prior_precision=np.ones(20)),
+            r"`prior_precision` must be one number, got shape \(20,\)\. Give",
+        ),
+        (lambda: with_prior(pure_model(), scale=np.ones(3)), r"`scale` must be one number, got shape \(3,\)\. Scale"),
         (lambda: linear(num_data=0), "`num_data` must be positive, got 0"),
         (lambda: with_prior(pure_model(), scale=0.0), "`scale` must be positive, got 0.0"),
     ],

@@ -56,7 +56,7 @@ def test_what_a_run_leaves(smoke):
         assert set(figures["shift"]) == {"noise", "rotation", "contrast"}
         assert all(set(by) == set("12345") for by in figures["shift"].values())
         assert {"auroc_total", "auroc_epistemic", "auroc_ood", "auroc_max_probability"} == set(figures["ood"])
-        assert {"train", "first_epoch", "first_call", "predict"} == set(figures["seconds"])
+        assert {"train", "start", "first_epoch", "first_call", "predict"} == set(figures["seconds"])
         assert {"test", "ood"} <= set(figures["decomposition"])
         for parts in figures["decomposition"].values():
             total = parts["aleatoric"]["value"] + parts["epistemic"]["value"]
@@ -112,6 +112,37 @@ def test_unknown_method(tmp_path):
     module = importlib.import_module("compare_methods")
     with pytest.raises(ValueError, match=r"`methods` must be some of single, deep_ensemble.*got dep_ensemble"):
         module.main(module.Config(methods=("dep_ensemble",)), tmp_path)
+
+
+def test_a_method_needs_what_it_starts_from(tmp_path):
+    module = importlib.import_module("compare_methods")
+    with pytest.raises(ValueError, match=r"`methods` must hold 'single' before 'laplace', which starts from it.*Add it"):
+        module.main(module.Config(methods=("laplace", "single")), tmp_path)
+
+
+def test_every_row_of_the_comparison_has_a_yaml():
+    recipes = importlib.import_module("compare_methods_recipes").RECIPES
+    folder = REPOSITORY / "configs" / "compare_methods"
+    config = importlib.import_module("compare_methods").Config
+    everything = load_config(config, folder / "posteriors.yaml").methods
+    assert set(everything) == set(recipes)
+    own = {p.stem for p in folder.glob("*.yaml")}
+    assert set(recipes) - set(load_config(config, folder / "digits.yaml").methods) <= own
+    for name in set(recipes) & own:
+        assert name in load_config(config, folder / f"{name}.yaml").methods
+
+
+@pytest.mark.slow
+def test_a_posterior_begins_where_a_network_ended_and_its_seconds_count(tmp_path):
+    module = importlib.import_module("compare_methods")
+    words = ["methods=single,laplace,swag,sgld", "num_draws=4", "chain_epochs=12", "swag_epochs=3"]
+    config = load_config(module.Config, REPOSITORY / "configs" / "compare_methods" / "smoke.yaml", words)
+    methods = module.main(config, tmp_path)["methods"]
+    assert methods["laplace"]["seconds"]["start"] == methods["single"]["seconds"]["train"]
+    assert methods["laplace"]["seconds"]["train"].value > methods["single"]["seconds"]["train"].value
+    assert {"r_hat", "ess"} <= set(methods["sgld"]["chains"]) and methods["laplace"]["chains"] == {}
+    page = (tmp_path / "report.html").read_text()
+    assert "largest R-hat" in page and "x single" in page
 
 
 def test_over_seeds_joins_equal_trees():

@@ -8,6 +8,7 @@ import pytest
 from methods import blobs, pure_model
 
 import bayescal as bc
+from bayescal.methods.map_estimate import check_whole
 
 pytestmark = pytest.mark.core
 NOISE = 0.25
@@ -243,3 +244,14 @@ def test_ensemble_of_the_wrong_kind(unchecked):
         bc.ensemble(lambda settings: lone, 3)
     with pytest.raises(TypeError, match="`method` must be a function from one member's settings"):
         bc.ensemble(lone, settings=jnp.ones(3))
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(7)])
+def test_whole_numbers_of_python_and_numpy(value):
+    check_whole("number", value, 3, "3 is usual.")
+
+
+@pytest.mark.parametrize("value", [2, np.int64(-3), 3.0, True, np.bool_(True), "3", None])
+def test_other_than_whole_numbers(value):
+    with pytest.raises(ValueError, match=r"`number` must be a whole number of at least 3, got .*\. 3 is usual\."):
+        check_whole("number", value, 3, "3 is usual.")

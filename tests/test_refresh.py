@@ -12,7 +12,7 @@ from flax import nnx
 from methods import blobs, pure_model
 
 import bayescal as bc
-from bayescal.methods.refresh import batch_moments, refresh
+from bayescal.methods.refresh import _REFRESH, batch_moments, refresh
 from bayescal.methods.swag import swa, swag
 from bayescal.types import EnsembleState
 
@@ -158,7 +158,7 @@ def test_networks_are_drawn_once(key):
     """By init's key alone; then the same members for any key and none, whatever the rows beside them."""
     _, _, method, after, trained_state, start, update = net("mlp")
     kernel = lambda tree: tree.params["dense"][0]["kernel"]
-    for i, draw_key in enumerate(jax.random.split(key, 2)):
+    for i, draw_key in enumerate(jax.random.split(jax.random.fold_in(key, _REFRESH), 2)):
         np.testing.assert_allclose(kernel(start.networks)[i], kernel(method.draw(trained_state, draw_key)), rtol=1e-5)
     other = jax.jit(after.init)(jax.random.key(1), trained_state)
     assert (kernel(other.networks) != kernel(start.networks)).any()
@@ -328,6 +328,36 @@ def test_the_network_runs_once(key):
     inputs = jnp.asarray(blobs().inputs)
     text = lambda f: jax.jit(f).lower(model.init(key)).as_text().count("stablehlo.dot_general")
     assert text(lambda v: batch_moments(v, inputs, key, model)) == text(lambda v: model.train(v, inputs, key)) == 3
+
+
+def test_draws_share_no_stream_with_the_weights_of_the_same_key(key):
+    """`split(key, n)[i]` is the very key of which an mlp draws a layer: noise and kernel would be one."""
+    model = bc.models.mlp(20, (30, 30), 30)
+    method, after = refreshing(model, num_draws=6)
+    state = method.init(key, None)
+    unit = jax.tree.map(jnp.ones_like, state.squares)
+    state = state._replace(squares=unit, average=state.average._replace(count=jnp.int32(2)))
+    networks = after.init(key, state).networks.params
+    longest = 600
+    for mean, drawn in zip(jax.tree.leaves(state.average.mean), jax.tree.leaves(networks), strict=True):
+        if mean.ndim == 2:
+            for noise in np.asarray(drawn - mean).reshape(6, -1)[:, :longest]:
+                for weights in [x for x in jax.tree.leaves(state.variables.params) if x.ndim == 2]:
+                    assert abs(np.corrcoef(noise, np.ravel(weights)[:longest])[0, 1]) < 5 / np.sqrt(longest)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_moments_in_half_precision_are_refused(dtype, key):
+    base = by_hand(0.99)
+    narrow = lambda k: (v := base.init(k))._replace(stats=v.stats.astype(dtype))
+    model = base._replace(
+        init=narrow, train=lambda v, x, k: (lambda o, s, p: (o, s.astype(dtype), p))(*base.train(v, x, k))
+    )
+    after = refresh(bc.map_estimate(model, bc.Categorical, SGD), model, bc.Categorical, num_draws=1)
+    with pytest.raises(
+        ValueError, match=rf"`stats` must hold running moments in float32, got {dtype}: .* or cast those"
+    ):
+        after.update(after.init(key, model.init(key)), batch_of(*blobs()[:2]), key)
 
 
 def test_errors(key):

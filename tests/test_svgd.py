@@ -154,11 +154,35 @@ def test_nan_inputs_come_through(key):
 
 def test_equal_particles_are_refused(key):
     one = pure_model().init(key)
-    with pytest.raises(ValueError, match=r"`start` must hold 3 networks on a leading axis.*particles that are equal"):
+    with pytest.raises(ValueError, match=r"`start` must hold 3 networks on a leading axis.*Particles that are equal"):
         classifier().init(key, one)
     other = bc.ensemble(bc.map_estimate(pure_model(), bc.Categorical, optax.adam(0.1)), 2).init(key, None)
-    with pytest.raises(ValueError, match=r"`start` must hold 3 networks on a leading axis, \(3, 3\) .* got \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"`start` must hold 3 networks .*, \(3, 3\) at `.params\['b'\]`, got \(2, 3\)"
+    ):
         classifier().init(key, other.members)
+    wide = pure_model()
+    members = jax.vmap(wide.init)(jax.random.split(key, 3))
+    members.params["w"] = members.params["w"][:, :2]
+    with pytest.raises(ValueError, match=r"\(3, 4, 3\) at `.params\['w'\]`, got \(3, 2, 3\)"):
+        classifier().init(key, members)
+    with pytest.raises(ValueError, match="`start` must hold 3 networks of this model, got a tree"):
+        classifier().init(key, bc.Variables({"w": members.params["w"]}))
+
+
+def test_copies_of_one_network_are_refused(key):
+    one = pure_model().init(key)
+    copies = jax.tree.map(lambda x: jnp.stack([x, x, x]), one)
+    with pytest.raises(ValueError, match=r"`start` must hold 3 different networks, got 1\. Particles that are equal"):
+        classifier().init(key, copies)
+    copies.params["b"] = copies.params["b"].at[0, 0].add(1e-6)
+    with pytest.raises(ValueError, match=r"`start` must hold 3 different networks, got 2\."):
+        classifier().init(key, copies)
+    with pytest.raises(
+        ValueError, match=r"`loss` must stay finite|state not finite"
+    ):  # whose values `fit` does not see
+        copies = jax.tree.map(lambda x: jnp.stack([x, x, x]), one)
+        bc.fit(classifier(), blobs(), key, epochs=2, batch_size=30, start=copies, progress=False)
 
 
 def test_a_model_with_a_penalty_is_refused(key):

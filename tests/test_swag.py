@@ -161,9 +161,12 @@ def test_covariance_of_many_draws(key):
 @pytest.mark.parametrize("number", [0, 1])
 def test_before_two_are_collected_all_draws_are_one_network(number, key):
     method, state, info, seen = swag_walk(np.random.default_rng(6).normal(size=(4, 3)), burn_in=4 - number, num_draws=5)
-    pred = bc.predict(method, state, np.eye(3, dtype=np.float32), key)
+    inputs = np.eye(3, dtype=np.float32)
+    pred = method.predict(state, inputs, key)
     np.testing.assert_allclose(pred.mean[..., 0], np.tile(seen[-1], (5, 1)), rtol=1e-6)
     assert not np.any(bc.decompose(pred).epistemic) and info["collected"] == number
+    with pytest.raises(ValueError, match=r"`state` must hold what its posterior is made of .* two weights of SWAG"):
+        bc.predict(method, state, inputs, key)
 
 
 def test_members_of_the_prediction_are_the_networks_drawn(key):
@@ -241,8 +244,8 @@ DRAWS = dict(num_draws=2, burn_in=0, every=1)
         ({"rank": 1}, "`rank` must be a whole number of at least 2, got 1. One deviation spans no covariance; 20 is"),
         ({"rank": 2.5}, "`rank` must be a whole number of at least 2, got 2.5"),
         ({"scale": 0.0}, "`scale` must be positive, got 0.0"),
-        ({"burn_in": -1}, "`burn_in` must be a whole number of updates, at least 0, got -1"),
-        ({"every": 0}, "`every` must be a whole number of updates, at least 1, got 0"),
+        ({"burn_in": -1}, "`burn_in` must be a whole number of at least 0, got -1"),
+        ({"every": 0}, "`every` must be a whole number of at least 1, got 0"),
         ({"prior_precision": 1.0}, "`num_data` is required with `prior_precision`"),
     ],
 )

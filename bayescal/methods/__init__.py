@@ -2,13 +2,16 @@
 predict, builder."""
 
 from bayescal.methods.anchored import anchored
-from bayescal.methods.chains import chain_diagnostics
+from bayescal.methods.chains import chain_diagnostics, chain_values
 from bayescal.methods.cyclical import cyclical_sgld
 from bayescal.methods.ensemble import ensemble
 from bayescal.methods.experiments import experiments
 from bayescal.methods.ivon import ivon, ivon_optimizer
 from bayescal.methods.langevin import psgld, sgld
 from bayescal.methods.laplace import (
+    Posterior,
+    Selection,
+    Structure,
     bridge,
     diagonal,
     empirical_fisher,
@@ -34,17 +37,22 @@ from bayescal.methods.nuts import nuts
 from bayescal.methods.refresh import refresh
 from bayescal.methods.resample import Subsample, bootstrap, out_of_bag
 from bayescal.methods.sghmc import sghmc
-from bayescal.methods.sgmcmc import sgmcmc
+from bayescal.methods.sgmcmc import Kernel, sgmcmc
 from bayescal.methods.svgd import svgd
 from bayescal.methods.swag import swa, swag
 from bayescal.methods.variational import variational
 
 __all__ = [
+    "Kernel",
+    "Posterior",
+    "Selection",
+    "Structure",
     "Subsample",
     "anchored",
     "bootstrap",
     "bridge",
     "chain_diagnostics",
+    "chain_values",
     "cyclical_sgld",
     "diagonal",
     "empirical_fisher",

@@ -13,6 +13,8 @@ from bayescal.types import Key, Method, Model, PyTree
 if TYPE_CHECKING:
     import optax
 
+_ANCHOR = 0x414E4348  # folded into the key of `init`, so that the anchor shares no stream with the network
+
 
 def anchored(
     model: Model,
@@ -39,7 +41,7 @@ def anchored(
         optimizer: any optax transformation; it is given the gradient with the pull.
         num_data: number of training rows, which scales the pull; never inferred.
         prior_precision: inverse variance of the prior, positive: one for every parameter, or a pytree whose structure
-            is the top of the params' own, for one a layer.
+            is the top of the params' own, for one number a layer.
         **settings: `loss` and `objective` of `map_estimate`; the pull comes on top of either.
 
     Returns:
@@ -65,9 +67,8 @@ def anchored(
     base = map_estimate(model, likelihood, optax.chain(pull, optimizer), num_data=num_data, **settings)
 
     def init(key: Key, start: PyTree | None = None) -> MAPState:
-        network_key, anchor_key = jax.random.split(key)
-        state = base.init(network_key, start)
-        anchor = draw_anchor(anchor_key, state.variables.params, prior_precision)
+        state = base.init(key, start)
+        anchor = draw_anchor(jax.random.fold_in(key, _ANCHOR), state.variables.params, prior_precision)
         return state._replace(opt_state=(anchor, *state.opt_state[1:]))
 
     return base._replace(init=init)

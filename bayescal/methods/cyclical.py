@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bayescal.methods.langevin import langevin
+from bayescal.methods.map_estimate import check_whole
 from bayescal.methods.sgmcmc import scheduled, sgmcmc
 from bayescal.schedules import cyclical_cosine
 from bayescal.types import Method, Model
@@ -46,9 +47,8 @@ def cyclical_sgld(
         ValueError: for settings out of range; more samples in a cycle than updates with noise.
     Source: Zhang et al. 2020, algorithm 1 (recalled).
     """
-    for name, value in (("cycle_length", cycle_length), ("samples_per_cycle", samples_per_cycle)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}. It counts updates.")
+    check_whole("cycle_length", cycle_length, 1, "It counts updates (not epochs).")
+    check_whole("samples_per_cycle", samples_per_cycle, 1, "It counts networks kept in a cycle.")
     if not 0 <= exploration < 1:
         raise ValueError(f"`exploration` must be in [0, 1), got {exploration!r}. It is a part of each cycle.")
     explored = round(exploration * cycle_length)

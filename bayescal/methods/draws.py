@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from bayescal.methods.map_estimate import one_member
+from bayescal.methods.map_estimate import check_whole, one_member
 from bayescal.sharding import run_members
 from bayescal.types import Key, Model, State, Variables
 
@@ -45,5 +45,4 @@ def predict_draws(
 
 def check_draws(num_draws: int) -> None:
     """Raises unless `num_draws` is a whole number of at least one."""
-    if not isinstance(num_draws, int) or num_draws < 1:
-        raise ValueError(f"`num_draws` must be a whole number of at least 1, got {num_draws!r}. 10 to 100 is usual.")
+    check_whole("num_draws", num_draws, 1, "10 to 100 is usual.")

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from bayescal.methods.draws import check_draws, predict_draws
 from bayescal.methods.map_estimate import (
     check_positive,
+    check_whole,
     one_member,
     share_of_penalty,
     start_variables,
@@ -190,10 +191,7 @@ def ivon(
     Source: Shen et al. 2024, "Variational learning is effective for large deep networks" (recalled), and its code.
     """
     check_draws(num_draws)
-    if not isinstance(draws_per_update, int) or draws_per_update < 1:
-        raise ValueError(
-            f"`draws_per_update` must be a whole number of at least 1, got {draws_per_update!r}. 1 is usual."
-        )
+    check_whole("draws_per_update", draws_per_update, 1, "1 is usual.")
     optimizer = ivon_optimizer(
         learning_rate, num_data=num_data, prior_precision=prior_precision, temperature=temperature, **settings
     )

@@ -10,6 +10,31 @@ from bayescal.methods.map_estimate import check_positive, one_member, weighted_m
 from bayescal.types import Batch, Model, PyTree, Variables
 
 
+def position_type(params: PyTree) -> Any:
+    """The one type in which a sampler moves: float32, or float64 under `jax_enable_x64`, in which blackjax makes numbers."""
+    return jnp.result_type(jnp.zeros(()), *jax.tree.leaves(params))
+
+
+def position(params: PyTree) -> PyTree:
+    """The params as a sampler's position: half precision would round its steps away."""
+    return cast_floats(params, position_type(params))
+
+
+def cast_floats(tree: PyTree, dtype) -> PyTree:
+    """Its floating leaves, Python's too, as arrays of that type; others as arrays of their own."""
+
+    def cast(x):
+        own = jnp.result_type(x)
+        return jnp.asarray(x, dtype if jnp.issubdtype(own, jnp.floating) else own)
+
+    return jax.tree.map(cast, tree)
+
+
+def as_stored(moved: PyTree, params: PyTree) -> PyTree:
+    """A position in the params' own types."""
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, params)
+
+
 class Posterior(NamedTuple):
     """log p = (num_data * mean_i w_i log_prob_i - prior_precision / 2 * |params|^2) / temperature, up to a constant.
 
@@ -43,7 +68,7 @@ class Posterior(NamedTuple):
         return (-self.num_data * self.loss(variables, batch) - 0.5 * self.prior_precision * squares) / self.temperature
 
     def relative_to(self, origin: Variables, batch: Batch) -> Callable[[PyTree], jax.Array]:
-        """`params -> log p(params) - log p(origin)`, summed over differences of rows.
+        """`params -> log p(params) - log p(origin)`, summed over differences of rows, in the params' type.
 
         Samplers want nothing but differences of energy, of about one nat; the energies themselves grow with the number
         of rows, and in float32 their difference would be lost from about a million on.
@@ -56,7 +81,8 @@ class Posterior(NamedTuple):
             )
             squares = jax.tree.map(lambda x, o: jnp.sum((x - o) * (x + o)), params, origin.params)
             prior = 0.5 * self.prior_precision * sum(jax.tree.leaves(squares))
-            return (self.num_data * gain - prior) / self.temperature
+            nats = (self.num_data * gain - prior) / self.temperature
+            return nats.astype(position_type(params))
 
         return difference
 
@@ -88,5 +114,6 @@ class Posterior(NamedTuple):
             )
 
     def full_loss(self, variables: Variables, batch: Batch) -> jax.Array:
-        """`loss`; NaN where the data hold more rows than `num_data`, so that `fit` stops the chain and says so."""
+        """`loss`; NaN where the data hold more rows than `num_data`, for which `fit` stops the chain: its message says what
+        to look at, since no host sees the rows here."""
         return jnp.where((batch.index < self.num_data).all(), self.loss(variables, batch), jnp.nan)

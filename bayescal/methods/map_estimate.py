@@ -1,10 +1,12 @@
 """Maximum a posteriori training of one network: the base of most other methods."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from bayescal.types import Key, Method, Model, PyTree, Variables
@@ -79,8 +81,7 @@ def map_estimate(
 
     no_prior = isinstance(prior_precision, (int, float)) and prior_precision == 0
     check_positive(num_data=num_data)
-    if not isinstance(prior_precision, Tracer) and not prior_precision >= 0:
-        raise ValueError(f"`prior_precision` must not be negative, got {prior_precision!r}. 0 means no prior.")
+    check_not_negative("0 means no prior.", prior_precision=prior_precision)
     if num_data is None and not no_prior:
         raise ValueError(
             "`num_data` is required with `prior_precision`, got None: the prior's share of a batch depends on it. "
@@ -126,10 +127,38 @@ def start_variables(start: PyTree) -> Variables:
 
 
 def check_positive(**settings) -> None:
-    """Raises for a setting that is given and not positive; one that is traced cannot be checked."""
+    """Raises for a setting that is given and is not one positive number; of one that is traced the value is not known."""
     for name, value in settings.items():
-        if value is not None and not isinstance(value, Tracer) and not value > 0:
+        if value is not None and not _one_number(name, value) > 0:
             raise ValueError(f"`{name}` must be positive, got {value!r}. See the docstring for its unit.")
+
+
+def check_not_negative(advice: str, **settings) -> None:
+    """`check_positive` for settings that may be 0; the advice says what 0 means."""
+    for name, value in settings.items():
+        if not _one_number(name, value) >= 0:
+            raise ValueError(f"`{name}` must not be negative, got {value!r}. {advice}")
+
+
+def _one_number(name: str, value) -> Any:
+    """The setting, or 1 for one that is traced.
+
+    Raises:
+        ValueError: for an array or a pytree of several.
+    """
+    if not jax.tree_util.all_leaves([value]) or np.shape(value):
+        got = f"shape {np.shape(value)}" if np.shape(value) else type(value).__name__
+        raise ValueError(
+            f"`{name}` must be one number, got {got}. Give one for the whole network; to let the members of an ensemble "
+            "differ use `ensemble(build, settings=...)`."
+        )
+    return 1 if isinstance(value, Tracer) else value
+
+
+def check_whole(name: str, value, least: int, advice: str) -> None:
+    """Raises unless the setting is a whole number, Python's or numpy's, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not int(value) >= least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}. {advice}")
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -7,10 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bayescal.methods.log_density import Posterior
-from bayescal.methods.map_estimate import start_variables
-from bayescal.methods.samples import Samples, check_keeping, draw_sample, is_due, keep, no_samples, predict_samples
+from bayescal.methods.log_density import Posterior, as_stored, cast_floats, position, position_type
+from bayescal.methods.map_estimate import check_whole, start_variables
+from bayescal.methods.samples import (
+    Samples,
+    check_keeping,
+    draw_sample,
+    is_due,
+    keep,
+    no_samples,
+    predict_samples,
+    sampled_networks,
+)
 from bayescal.types import Key, Method, Model, PyTree, Variables
+
+WARMUP_ADVICE = (
+    "It counts updates: a chain that has not adapted its step size samples nothing, and several hundred is usual."
+)
 
 
 class NUTSState(NamedTuple):
@@ -20,6 +33,16 @@ class NUTSState(NamedTuple):
     adaptation: "Adaptation"
     samples: Samples
     step: jax.Array
+
+    @property
+    def ready(self) -> jax.Array:
+        """Whether it holds a sample of the posterior: until then it predicts by where the chain is."""
+        return self.samples.count > 0
+
+    @property
+    def networks(self) -> Variables:
+        """What its samples are taken from by `refresh`, with a leading sample axis."""
+        return sampled_networks(self.samples, self.variables.stats)
 
 
 class Adaptation(NamedTuple):
@@ -43,14 +66,14 @@ class Warmup(NamedTuple):
     averaging: tuple[Callable, Callable, Callable]
     variances: tuple[Callable, Callable, Callable]
 
-    def init(self, dimensions: int) -> Adaptation:
+    def init(self, dimensions: int, dtype=jnp.float32) -> Adaptation:
         first = 0.25 / dimensions**0.25  # a transition that goes too far costs one step, one too short hundreds
-        return arrays(Adaptation(self.averaging[0](first), self.variances[0](dimensions)))
+        return cast_floats(Adaptation(self.averaging[0](first), self.variances[0](dimensions)), dtype)
 
     def step_size(self, adaptation: Adaptation, step: jax.Array) -> jax.Array:
         """The one being tried in warm-up; the averaged one after."""
         tried, averaged = jnp.exp(adaptation.step_size.log_step_size), self.averaging[2](adaptation.step_size)
-        return jnp.where(step < len(self.slow), tried, averaged)
+        return jnp.where(step < len(self.slow), tried, averaged).astype(tried.dtype)
 
     def update(self, adaptation: Adaptation, step: jax.Array, position: PyTree, acceptance: jax.Array) -> Adaptation:
         """What is learnt from transition `step`; after the warm-up nothing."""
@@ -80,7 +103,8 @@ def init(key: Key, start: PyTree | None, model: Model, warm_up: Warmup, num_samp
     variables = model.init(key) if start is None else start_variables(start)
     dimensions = sum(x.size for x in jax.tree.leaves(variables.params))
     samples = no_samples(variables.params, num_samples)
-    return NUTSState(variables, warm_up.init(dimensions), samples, jnp.zeros((), jnp.int32))
+    adaptation = warm_up.init(dimensions, position_type(variables.params))
+    return NUTSState(variables, adaptation, samples, jnp.zeros((), jnp.int32))
 
 
 def update(
@@ -91,29 +115,30 @@ def update(
 
     posterior.check_batch(batch)
     posterior.check_model(state.variables, batch.inputs)
-    density = posterior.relative_to(state.variables, batch)
+    here = position(state.variables.params)
+    density = posterior.relative_to(state.variables._replace(params=here), batch)
     step_size = warm_up.step_size(state.adaptation, state.step)
     moved, told = blackjax.nuts.build_kernel()(
         key,
-        blackjax.nuts.init(state.variables.params, density),
+        blackjax.nuts.init(here, density),
         density,
         step_size,
         state.adaptation.metric.inverse_mass_matrix,
         max_num_doublings,
     )
-    variables = state.variables._replace(params=moved.position)
+    variables = state.variables._replace(params=as_stored(moved.position, state.variables.params))
     adaptation = warm_up.update(state.adaptation, state.step, moved.position, told.acceptance_rate)
-    due = is_due(state.step, len(warm_up.slow), every)
+    samples = keep(state.samples, variables.params, is_due(state.step, len(warm_up.slow), every))
     info = {
         "loss": posterior.full_loss(variables, batch),
         "acceptance": told.acceptance_rate,
         "divergent": told.is_divergent,
         "step_size": step_size,
         "num_steps": told.num_integration_steps,
-        "kept": due,
+        "kept": samples.count,
     }
     info = {k: jnp.asarray(v, jnp.float32) for k, v in info.items()}
-    return NUTSState(variables, adaptation, keep(state.samples, moved.position, due), state.step + 1), info
+    return NUTSState(variables, adaptation, samples, state.step + 1), info
 
 
 def nuts(
@@ -134,7 +159,8 @@ def nuts(
     An update is one transition of the no-U-turn sampler, of up to 2**max_num_doublings gradients of the whole data:
     `fit(..., batch_size=num_data, epochs=warmup + every * num_samples)`. Parallel chains are `ensemble(nuts(...), 4)`;
     from a deep ensemble they start by `fit(..., start=fitted.state)`. The network is the deterministic one: dropout is
-    off, and batch norm keeps the moments it starts with.
+    off, and batch norm keeps the moments it starts with. Params in half precision move in float32, and are rounded where
+    a position is stored.
 
     Args:
         model: a small network without a penalty.
@@ -152,7 +178,7 @@ def nuts(
 
     Returns:
         Method whose state is `NUTSState` and whose info is `loss` (mean nats per example at the new position),
-        `acceptance`, `divergent` (0 or 1), `step_size`, `num_steps` (gradients) and `kept` (0 or 1).
+        `acceptance`, `divergent` (0 or 1), `step_size`, `num_steps` (gradients) and `kept` (positions kept so far).
 
     Raises:
         ValueError: for settings out of range; in `update`, a batch that is not all rows, or a model with a penalty.
@@ -160,16 +186,13 @@ def nuts(
     """
     posterior = Posterior(model, likelihood, num_data, prior_precision, temperature)
     posterior.check()
-    check_warmup(warmup, least=1)
+    check_whole("warmup", warmup, 1, WARMUP_ADVICE)
     check_keeping(num_samples, 0, every)
     if not 0 < target_acceptance < 1:
         raise ValueError(
             f"`target_acceptance` must be between 0 and 1, got {target_acceptance!r}. 0.8 is usual, 0.95 after divergences."
         )
-    if not isinstance(max_num_doublings, int) or max_num_doublings < 1:
-        raise ValueError(
-            f"`max_num_doublings` must be a whole number of at least 1, got {max_num_doublings!r}. 8 to 10 is usual."
-        )
+    check_whole("max_num_doublings", max_num_doublings, 1, "8 to 10 is usual.")
     warm_up = stan_warmup(warmup, target_acceptance)
     return Method(
         lambda key, start=None: init(key, start, model, warm_up, num_samples),
@@ -179,20 +202,6 @@ def nuts(
     )
 
 
-def check_warmup(warmup: int, *, least: int) -> None:
-    """Raises unless `warmup` is a whole number of updates in range."""
-    if not isinstance(warmup, int) or warmup < least:
-        raise ValueError(
-            f"`warmup` must be a whole number of updates, at least {least}, got {warmup!r}. A chain that has not adapted "
-            "its step size samples nothing: several hundred is usual."
-        )
-
-
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the condition holds, else `old`, in the types that `old` has."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o).astype(jnp.result_type(o)), new, old)
-
-
-def arrays(tree: PyTree) -> PyTree:
-    """Python numbers as arrays of fixed types: a loop's state must not change its own."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.interpreters import partial_eval
 
 from bayescal.methods.draws import check_draws
@@ -12,6 +13,9 @@ from bayescal.methods.map_estimate import start_variables, weighted_mean
 from bayescal.sharding import run_members
 from bayescal.types import EnsembleState, Key, Method, Model, PyTree, Variables
 
+_REFRESH = (
+    0x52465248  # folded into the key of `init`: draws share no stream with the weights that the key may have drawn
+)
 _ROUNDING = 1e-6  # of a momentum: within it a leaf's elements have the same one, and 1 is none
 
 
@@ -19,10 +23,12 @@ class RefreshState(NamedTuple):
     """Networks, drawn once, and the rows that their moments average so far, by relative weight.
 
     networks: leaves have a leading network axis.
+    ready: whether the posterior that they were drawn from was.
     """
 
     networks: Variables
     rows: jax.Array
+    ready: jax.Array
 
     @property
     def variables(self) -> Variables:
@@ -34,7 +40,7 @@ class RefreshState(NamedTuple):
 
 
 def init(key: Key, start: PyTree | None, method: Method, num_draws: int) -> RefreshState:
-    """Networks drawn from `start` with keys split off `key`; their moments are `start`'s until the first update."""
+    """Networks of `start`, drawn or, of a finite set, taken; their moments are `start`'s until the first update."""
     if start is None or isinstance(start, EnsembleState):
         got = "None" if start is None else "the state of an ensemble"
         raise ValueError(
@@ -44,9 +50,34 @@ def init(key: Key, start: PyTree | None, method: Method, num_draws: int) -> Refr
     one = method.draw
     if one is None:
         networks = jax.tree.map(lambda x: x[None], start_variables(start))
+    elif hasattr(start, "networks"):
+        networks = take(start, num_draws)
     else:
-        networks = run_members(lambda k, s: one(s, k), jax.random.split(key, num_draws), shared=(start,))
-    return RefreshState(networks, jnp.zeros((), jnp.float32))
+        keys = jax.random.split(jax.random.fold_in(key, _REFRESH), num_draws)
+        networks = run_members(lambda k, s: one(s, k), keys, shared=(start,))
+    return RefreshState(networks, jnp.zeros((), jnp.float32), jnp.asarray(getattr(start, "ready", True)))
+
+
+def take(start, number: int) -> Variables:
+    """`number` different ones of the `networks` that a state holds, evenly spaced.
+
+    Raises:
+        ValueError: for more than it holds. Where the number held is traced, as in `fit`, the params are NaN instead.
+    """
+    networks: Variables = start.networks
+    capacity = jax.tree.leaves(networks.params)[0].shape[0]
+    samples = getattr(start, "samples", None)
+    held = capacity if samples is None else samples.held
+    most = capacity if isinstance(held, Tracer) else int(held)
+    if number > most:
+        raise ValueError(
+            f"`num_draws` must be at most the number of networks that `start` holds, {most}, got {number}: taken twice, "
+            "one would look like two. Take fewer, or let the chain keep more."
+        )
+    places = jnp.arange(number) * held // number
+    params, stats = jax.tree.map(lambda x: x[places], networks)
+    unknown = lambda x: jnp.where(number > held, jnp.nan, x).astype(x.dtype)
+    return Variables(jax.tree.map(unknown, params), stats)
 
 
 def update(state: RefreshState, batch, key: Key, model: Model, likelihood: Callable):
@@ -72,7 +103,7 @@ def update(state: RefreshState, batch, key: Key, model: Model, likelihood: Calla
         "moments": moments.mean(),
     }
     networks = state.networks._replace(stats=jax.tree.map(average, state.networks.stats, stats))
-    return RefreshState(networks, rows), info
+    return state._replace(networks=networks, rows=rows), info
 
 
 def predict(state: RefreshState, inputs, key: Key | None, model: Model, likelihood: Callable):
@@ -85,10 +116,11 @@ def refresh(method: Method, model: Model, likelihood: Callable, *, num_draws: in
     """Networks drawn from a posterior, with batch-norm moments sum_b n_b moments_b / sum_b n_b of the training data.
 
     Moments belong to weights: those of training fit no network that was drawn, or averaged, afterwards. `init` draws the
-    networks once; each `update` runs them over a batch in training mode (dropout on) and averages in the batch's own
-    moments, n_b its rows by relative weight. One epoch does it, a further one takes other batches. The variance is the
-    mean of the batches' variances, as in the authors' code, and so without what lies between their means: (b - 1) / b of
-    the data's for independent rows in the first layer, b rows a batch.
+    networks once, by its key; of a state that holds a finite set of networks (a chain's samples, particles) it takes
+    `num_draws` different ones, evenly spaced, whatever the key. Each `update` runs them over a batch in training mode
+    (dropout on) and averages in the batch's own moments, n_b its rows by relative weight. One epoch does it, a further one
+    takes other batches. The variance is the mean of the batches' variances, as in the authors' code, and so without what
+    lies between their means: (b - 1) / b of the data's for independent rows in the first layer, b rows a batch.
 
     Moments are those leaves of `stats` that one pass of `model.train` replaces by m old + (1 - m) batch, with one m in
     [0, 1) for the leaf, and that nothing else in the pass depends on. All others are kept as they were: rates of dropout,
@@ -103,7 +135,8 @@ def refresh(method: Method, model: Model, likelihood: Callable, *, num_draws: in
         method: whose state is the start; of one without `draw` (such as `swa`) its `variables`, one network.
         model: the network.
         likelihood: outputs with a leading member axis -> predictive.
-        num_draws: networks, each a member of the predictive; 1 for a method without `draw`.
+        num_draws: networks, each a member of the predictive; 1 for a method without `draw`, and at most as many as a chain
+            has kept: beyond that `init` raises, and in `fit`, where their number is not known, the networks are NaN.
 
     Returns:
         Method whose state is `RefreshState`, whose members are the same for any key and for None, and whose info is
@@ -112,7 +145,8 @@ def refresh(method: Method, model: Model, likelihood: Callable, *, num_draws: in
 
     Raises:
         ValueError: for fewer than one draw, or more than one of a method that has none; for an ensemble; at `init`
-            without a start, or with the state of an ensemble.
+            without a start, with the state of an ensemble, or one that holds fewer networks; in `update`, for moments in
+            half precision.
         TypeError: at `init`, for a start that holds no network.
     Source: Izmailov et al. 2018, section 3.2 (recalled); Maddox et al. 2019, algorithm 1 (recalled); `bn_update` of
         wjmaddox/swa_gaussian (looked up).
@@ -164,6 +198,12 @@ def batch_moments(variables: Variables, inputs, key: Key, model: Model) -> tuple
     if not any(alone):
         return run([])[0], variables.stats, jnp.zeros((), jnp.float32)
     candidates = [x for x, a in zip(leaves, alone, strict=True) if a]
+    narrow = [x.dtype.name for x in candidates if jnp.finfo(x.dtype).bits < 32]
+    if narrow:
+        raise ValueError(
+            f"`stats` must hold running moments in float32, got {narrow[0]}: 1 - momentum is lost in its rounding. Let the "
+            "model keep them in float32, as flax does by default, or cast those of the start."
+        )
     told = [jnp.stack([jnp.zeros_like(x), jnp.full_like(x, _far(x.dtype))]) for x in candidates]
     outputs, found = jax.vmap(run, out_axes=(None, 0))(told)
     number, results = jnp.zeros((), jnp.float32), []

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bayescal.methods.map_estimate import check_whole
 from bayescal.sharding import run_members
 from bayescal.types import Key, Model, PyTree, Variables
 
@@ -14,7 +15,8 @@ from bayescal.types import Key, Model, PyTree, Variables
 class Samples(NamedTuple):
     """The last positions of a chain that were kept.
 
-    params: the network's params with a leading sample axis; slots that hold no sample yet hold where the chain is.
+    params: the network's params with a leading sample axis. Before the first sample slot 0 holds where the chain is; other
+        slots without a sample hold where it began, and are never read.
     count: how many were ever kept; the buffer holds the last of them, the oldest overwritten first.
     """
 
@@ -24,6 +26,11 @@ class Samples(NamedTuple):
     @property
     def capacity(self) -> int:
         return jax.tree.leaves(self.params)[0].shape[0]
+
+    @property
+    def held(self) -> jax.Array:
+        """How many of the slots hold a sample: the first ones."""
+        return jnp.minimum(self.count, self.capacity)
 
     def weights(self) -> jax.Array:
         """(sample,) 1 for a slot that holds a sample, 0 for others; before the first, 1 for where the chain is."""
@@ -54,8 +61,13 @@ def is_due(step: jax.Array, burn_in: int, every: int) -> jax.Array:
 
 def draw_sample(samples: Samples, stats: PyTree, key: Key) -> Variables:
     """One of the networks held, each as likely as the others."""
-    held = jnp.clip(samples.count, 1, samples.capacity)
+    held = jnp.maximum(samples.held, 1)
     return Variables(jax.tree.map(lambda x: x[jax.random.randint(key, (), 0, held)], samples.params), stats)
+
+
+def sampled_networks(samples: Samples, stats: PyTree) -> Variables:
+    """All slots as networks, on a leading axis; the first `held` are samples."""
+    return Variables(samples.params, jax.tree.map(lambda x: jnp.broadcast_to(x, (samples.capacity, *x.shape)), stats))
 
 
 def predict_samples(samples: Samples, stats: PyTree, inputs, model: Model, likelihood: Callable):
@@ -70,14 +82,13 @@ def predict_samples(samples: Samples, stats: PyTree, inputs, model: Model, likel
 
 
 def check_keeping(num_samples: int, burn_in: int, every: int) -> None:
-    """Raises unless the settings of a buffer are whole numbers in range."""
-    for name, value, least, unit in (
-        ("num_samples", num_samples, 1, ""),
-        ("burn_in", burn_in, 0, " of updates"),
-        ("every", every, 1, " of updates"),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(
-                f"`{name}` must be a whole number{unit}, at least {least}, got {value!r}. The buffer holds the last "
-                "`num_samples`, one of each `every` updates (not epochs) after `burn_in`."
-            )
+    """Raises unless the settings of a buffer, and of what it keeps, are whole numbers in range."""
+    check_whole("num_samples", num_samples, 1, "The buffer holds the last of those kept; 10 to 100 is usual.")
+    check_collecting(burn_in, every)
+
+
+def check_collecting(burn_in: int, every: int) -> None:
+    """Raises unless the settings of `is_due` are whole numbers in range."""
+    advice = "One of each `every` updates (not epochs) counts, after `burn_in` updates."
+    check_whole("burn_in", burn_in, 0, advice)
+    check_whole("every", every, 1, advice)

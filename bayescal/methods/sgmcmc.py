@@ -5,11 +5,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from bayescal.methods.map_estimate import check_positive, one_member, start_variables, weighted_mean
-from bayescal.methods.samples import Samples, check_keeping, draw_sample, is_due, keep, no_samples, predict_samples
+from bayescal.methods.map_estimate import (
+    check_not_negative,
+    check_positive,
+    check_whole,
+    one_member,
+    start_variables,
+    weighted_mean,
+)
+from bayescal.methods.samples import (
+    Samples,
+    check_collecting,
+    draw_sample,
+    is_due,
+    keep,
+    no_samples,
+    predict_samples,
+    sampled_networks,
+)
 from bayescal.types import Key, Method, Model, PyTree, Variables
+
+_CARRIED = 0x43415252  # folded into the key of `init`, so that a momentum shares no stream with weights
 
 
 class SGMCMCState(NamedTuple):
@@ -19,6 +36,16 @@ class SGMCMCState(NamedTuple):
     carried: PyTree
     samples: Samples
     step: jax.Array
+
+    @property
+    def ready(self) -> jax.Array:
+        """Whether it holds a sample of the posterior: until then it predicts by where the chain is."""
+        return self.samples.count > 0
+
+    @property
+    def networks(self) -> Variables:
+        """What its samples are taken from by `refresh`, with a leading sample axis."""
+        return sampled_networks(self.samples, self.variables.stats)
 
 
 class Kernel(NamedTuple):
@@ -35,10 +62,9 @@ class Kernel(NamedTuple):
 
 def init(key: Key, start: PyTree | None, model: Model, kernel: Kernel, temperature: Callable, num_samples: int):
     """A chain that has kept nothing, at the network's own initial weights or at those of `start`."""
-    network_key, kernel_key = jax.random.split(key)
-    variables = model.init(network_key) if start is None else start_variables(start)
+    variables = model.init(key) if start is None else start_variables(start)
     step = jnp.zeros((), jnp.int32)
-    carried = kernel.init(kernel_key, variables.params, temperature(step))
+    carried = kernel.init(jax.random.fold_in(key, _CARRIED), variables.params, temperature(step))
     return SGMCMCState(variables, carried, no_samples(variables.params, num_samples), step)
 
 
@@ -113,13 +139,9 @@ def sgmcmc(
     Raises:
         ValueError: for `num_data` that is not positive, a negative `prior_precision`, or no samples.
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(
-            f"`num_samples` must be a whole number of at least 1, got {num_samples!r}. 10 to 100 is usual."
-        )
+    check_whole("num_samples", num_samples, 1, "10 to 100 is usual.")
     check_positive(num_data=num_data)
-    if not isinstance(prior_precision, Tracer) and not prior_precision >= 0:
-        raise ValueError(f"`prior_precision` must not be negative, got {prior_precision!r}. 0 means a flat prior.")
+    check_not_negative("0 means a flat prior.", prior_precision=prior_precision)
     moving = model, likelihood, kernel, num_data, prior_precision, step_size, temperature, due
     return Method(
         lambda key, start=None: init(key, start, model, kernel, temperature, num_samples),
@@ -148,5 +170,5 @@ def kept_every(burn_in: int, every: int) -> Callable[[jax.Array], jax.Array]:
     Raises:
         ValueError: for settings that are no whole numbers in range.
     """
-    check_keeping(1, burn_in, every)
+    check_collecting(burn_in, every)
     return lambda step: is_due(step, burn_in, every)

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from bayescal.methods.ensemble import member_keys
 from bayescal.methods.log_density import Posterior
-from bayescal.methods.map_estimate import start_variables
+from bayescal.methods.map_estimate import check_whole, start_variables
 from bayescal.sharding import run_members
 from bayescal.types import Key, Method, Model, PyTree, Variables
 
@@ -22,6 +24,11 @@ class SVGDState(NamedTuple):
     variables: Variables
     opt_state: PyTree
     step: jax.Array
+
+    @property
+    def networks(self) -> Variables:
+        """The particles, which `refresh` takes its networks from."""
+        return self.variables
 
 
 def init(key: Key, start: PyTree | None, model: Model, optimizer, num_particles: int) -> SVGDState:
@@ -97,20 +104,18 @@ def svgd(
 
     Returns:
         Method whose state is `SVGDState` and whose info is `loss` (mean nats per example, and over the particles). `fit`
-        may start from the members of an ensemble, `start=fitted.state.members`, or from a state of its own.
+        may start from the members of an ensemble, `start=fitted.state.members`, or from a state of its own. Particles
+        that are equal never separate: `init` refuses them, but inside `fit`, where it does not see values, it cannot;
+        where all are equal, their distances are 0 and the first update gives NaN, of which `fit` takes note.
 
     Raises:
-        ValueError: for settings out of range; in `init`, a start without a particle axis of that length; in `update`, a
-            model with a penalty.
+        ValueError: for settings out of range; in `init`, a start without a particle axis of that length, or with two
+            particles that are equal; in `update`, a model with a penalty.
     Source: Liu and Wang 2016 (recalled); kernel, bandwidth and step are blackjax's.
     """
     posterior = Posterior(model, likelihood, num_data, prior_precision, temperature)
     posterior.check()
-    if not isinstance(num_particles, int) or num_particles < 2:
-        raise ValueError(
-            f"`num_particles` must be a whole number of at least 2, got {num_particles!r}. 10 to 50 is usual; "
-            "one particle is `map_estimate`."
-        )
+    check_whole("num_particles", num_particles, 2, "10 to 50 is usual; one particle is `map_estimate`.")
     return Method(
         lambda key, start=None: init(key, start, model, optimizer, num_particles),
         lambda state, batch, key: update(state, batch, key, posterior, optimizer),
@@ -120,15 +125,31 @@ def svgd(
 
 
 def check_particles(variables: Variables, wanted: Variables, num_particles: int) -> None:
-    """Raises unless every parameter has the leading axis of `num_particles`: copies of one network never separate."""
-    shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
-    if shapes(variables) != shapes(wanted):
-        got = shapes(variables.params)[0] if shapes(variables) else ()
+    """Raises unless every leaf has the leading axis of `num_particles`, and no two of them are equal where one can see."""
+    advice = (
+        f"Particles that are equal never separate. Pass `fitted.state.members` of `ensemble(map_estimate(...), "
+        f"{num_particles})`."
+    )
+    own, of_model = (jax.tree_util.tree_leaves_with_path(tree) for tree in (variables, wanted))
+    same_structure = jax.tree.structure(variables) == jax.tree.structure(wanted)
+    if not same_structure:
         raise ValueError(
-            f"`start` must hold {num_particles} networks on a leading axis, {shapes(wanted.params)[0]} for the first "
-            f"parameter, got {got}: particles that are equal never separate. Pass "
-            f"`fitted.state.members` of `ensemble(map_estimate(...), {num_particles})`."
+            f"`start` must hold {num_particles} networks of this model, got a tree {jax.tree.structure(variables)} instead "
+            f"of {jax.tree.structure(wanted)}. {advice}"
         )
+    for (path, leaf), (_, like) in zip(own, of_model, strict=True):
+        if jnp.shape(leaf) != like.shape:
+            raise ValueError(
+                f"`start` must hold {num_particles} networks on a leading axis, {like.shape} at "
+                f"`{jax.tree_util.keystr(path)}`, got {jnp.shape(leaf)}. {advice}"
+            )
+    leaves = jax.tree.leaves(variables.params)
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return
+    flat = np.concatenate([np.asarray(leaf, float).reshape(num_particles, -1) for leaf in leaves], axis=1)
+    different = len(np.unique(flat, axis=0))
+    if different < num_particles:
+        raise ValueError(f"`start` must hold {num_particles} different networks, got {different}. {advice}")
 
 
 def _of_params(optimizer, num_data):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bayescal.methods.draws import check_draws, predict_draws
-from bayescal.methods.map_estimate import MAPState, check_positive, map_estimate
-from bayescal.methods.samples import check_keeping, is_due
+from bayescal.methods.map_estimate import MAPState, check_positive, check_whole, map_estimate
+from bayescal.methods.samples import check_collecting, is_due
 from bayescal.types import Key, Method, Model, PyTree, Variables
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ class SWAState(NamedTuple):
     average: Average
 
     @property
+    def ready(self) -> jax.Array:
+        """Whether there is an average: until then it predicts by the network in training."""
+        return self.average.count > 0
+
+    @property
     def variables(self) -> Variables:
         """The averaged network, with the batch-norm moments of the one in training: see `refresh`."""
         return _network(self.fit, self.average.mean)
@@ -48,6 +53,11 @@ class SWAGState(NamedTuple):
     average: Average
     squares: PyTree
     deviations: PyTree
+
+    @property
+    def ready(self) -> jax.Array:
+        """Whether there is a spread: one network that was collected has none."""
+        return self.average.count >= 2
 
     @property
     def variables(self) -> Variables:
@@ -134,8 +144,8 @@ def swag(
     Trains as `map_estimate`; after `burn_in` updates every `every`-th leaves its weights to the mean, the variance
     (mean of squares - square of the mean, without its rounding errors) and the deviations D, the last K <= `rank`. Let the
     optimiser's learning rate stay high while they are collected: the spread is that of its iterates. Before two were
-    collected there is no posterior: the variance is 0, all draws are one network, and nothing is epistemic;
-    `history["collected"]` and `state.average.count` tell. MultiSWAG is `ensemble(swag(...), num_members)`.
+    collected there is no posterior: the variance is 0, all draws are one network, and `bayescal.predict` refuses;
+    `state.average.count` tells. MultiSWAG is `ensemble(swag(...), num_members)`.
 
     Batch norm's moments are those of the network in training, which fit no drawn one: follow with `refresh`.
     The state holds `rank` + 3 times the params, beside the optimiser's.
@@ -155,7 +165,8 @@ def swag(
 
     Returns:
         Method whose state is `SWAGState`, whose central network (`key=None`, `state.variables`) is the mean, and whose
-        info is that of `map_estimate` and `collected`, how many were collected so far.
+        info is that of `map_estimate` and `collected`, how many were collected so far (`fit`'s history holds its mean
+        over the epoch).
 
     Raises:
         ValueError: for settings that are not whole numbers in range, or a `scale` that is not positive.
@@ -163,12 +174,9 @@ def swag(
         (MultiSWAG, recalled).
     """
     check_draws(num_draws)
-    check_keeping(num_draws, burn_in, every)
+    check_collecting(burn_in, every)
     check_positive(scale=scale)
-    if not isinstance(rank, int) or rank < 2:
-        raise ValueError(
-            f"`rank` must be a whole number of at least 2, got {rank!r}. One deviation spans no covariance; 20 is usual."
-        )
+    check_whole("rank", rank, 2, "One deviation spans no covariance; 20 is usual.")
     base = map_estimate(model, likelihood, optimizer, **settings)
     drawing = partial(draw, scale=scale)
     return Method(
@@ -199,9 +207,9 @@ def swa(
 ) -> Method:
     """The network at the mean of the weights that training passes through: sum_i theta_i / n, one member.
 
-    Trains as `map_estimate`; after `burn_in` updates every `every`-th leaves its weights to the mean. Before the first the
-    network in training predicts; `history["collected"]` and `state.average.count` tell how many there were. Batch norm's
-    moments are those of the network in training, which do not fit the mean: follow with `refresh(..., num_draws=1)`.
+    Trains as `map_estimate`; after `burn_in` updates every `every`-th leaves its weights to the mean. Before the first there
+    is no average and `bayescal.predict` refuses; `state.average.count` tells how many there were. Batch norm's moments
+    are those of the network in training, which do not fit the mean: follow with `refresh(..., num_draws=1)`.
 
     Args:
         model: the network.
@@ -213,13 +221,13 @@ def swa(
 
     Returns:
         Method whose state is `SWAState`, whose `variables` are the averaged network, and whose info is that of
-        `map_estimate` and `collected`, how many were collected so far.
+        `map_estimate` and `collected`, how many were collected so far (`fit`'s history holds its mean over the epoch).
 
     Raises:
         ValueError: for settings that are not whole numbers in range.
     Source: Izmailov et al. 2018 (recalled).
     """
-    check_keeping(1, burn_in, every)
+    check_collecting(burn_in, every)
     base = map_estimate(model, likelihood, optimizer, **settings)
 
     def init(key, start=None):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from bayescal.data.checks import check_finite, check_rows_agree
@@ -15,7 +16,7 @@ from bayescal.liveness import tree_bytes
 from bayescal.memory import MOST_ROWS, device_budget, prediction_block, prediction_chunk
 from bayescal.methods.experiments import runners
 from bayescal.predictive import Predictive
-from bayescal.sharding import check_mesh, make_mesh, on, place
+from bayescal.sharding import check_mesh, fetch_numpy, make_mesh, on, place
 from bayescal.train.blocks import Results, choose_sizes, in_blocks, join, lay_out, results_of, shares
 from bayescal.types import EnsembleState, Fit, Key, Method
 
@@ -42,9 +43,11 @@ def predict(
         Predictive with batch shape (rows,), or (experiment, rows) for a method of `experiments`, on one device.
 
     Raises:
-        ValueError: for empty, NaN or infinite inputs.
+        ValueError: for empty, NaN or infinite inputs; for the state of a chain that has kept no sample, or of weights that
+            were not averaged yet.
         TypeError: for a `Fit` where its state is meant.
     """
+    check_ready("state", state)
     networks = runners(method).shape[0] if method.members or method.experiments else 1
     return over_rows(method.predict, state, inputs, key, networks=networks, chunk_size=chunk_size, mesh=mesh)
 
@@ -153,6 +156,24 @@ def _place_state(state, mesh: Mesh):
     if isinstance(state, EnsembleState) and len(state.alive) % width == 0:
         return EnsembleState(place(state.members, mesh, *["member"] * (width > 1)), place(state.alive, mesh))
     return place(state, mesh)
+
+
+def check_ready(name: str, state) -> None:
+    """Raises where a member that is alive says by its `ready` that it has nothing of its posterior to predict from yet."""
+    ensembled = isinstance(state, EnsembleState)
+    ready = getattr(state.members if ensembled else state, "ready", None)
+    if ready is None or isinstance(ready, Tracer):
+        return
+    ready, alive = fetch_numpy((ready, state.alive if ensembled else ready))
+    without = np.argwhere(alive & ~ready) if ensembled else np.argwhere(~ready)
+    if len(without):
+        which = (
+            f" in members {[tuple(map(int, w)) if len(w) > 1 else int(w[0]) for w in without]}" if ready.ndim else ""
+        )
+        raise ValueError(
+            f"`{name}` must hold what its posterior is made of (a sample of a chain, an average, two weights of SWAG), got "
+            f"too few{which}. `burn_in`, `warmup` and `every` count updates, not epochs: train for more, or lower them."
+        )
 
 
 def check_state(name: str, state) -> None:

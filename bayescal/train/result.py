@@ -46,7 +46,8 @@ def result(
     if not (report.alive | best_alive).any():
         raise ValueError(
             f"`loss` must stay finite for at least one member, got none of {apart.number}; they diverged in epochs "
-            f"{report.stopped_epoch.ravel().tolist()}. Lower the learning rate, or check the scale of the inputs."
+            f"{report.stopped_epoch.ravel().tolist()} ({', '.join(sorted(set(report.reason.ravel().tolist())))}). Lower the "
+            "learning rate, check the scale of the inputs, or, for a sampler, whether `num_data` is the number of rows."
         )
     if not best_alive.any():
         raise ValueError(

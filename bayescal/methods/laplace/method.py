@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from bayescal.methods.laplace.predictives import Posterior, Predict, normal, probit
-from bayescal.methods.laplace.structures import Structure, count
+from bayescal.methods.laplace.structures import Eigen, Structure, count
 from bayescal.methods.laplace.view import (
     Selection,
     View,
@@ -87,9 +87,20 @@ def init(key: Key, start: PyTree | None, settings: _Settings, prior_precision) -
             f"{precision.shape}. Give them in that order."
         )
     zero = jnp.zeros((), precision.dtype)
-    spectrum = settings.structure.decompose(sums, jnp.ones((), precision.dtype), settings.num_data)
+    spectrum = _of_nothing(jax.eval_shape(settings.structure.decompose, sums, zero, settings.num_data))
     scale = jnp.asarray(getattr(start, "noise_scale", 1.0), precision.dtype)  # as tuned before
     return LaplaceState(variables, places, sums, spectrum, zero, zero, zero, zero, zero, precision, scale)
+
+
+def _of_nothing(spectrum):
+    """The spectrum of a curvature of zero, without a decomposition."""
+
+    def one(x):
+        if isinstance(x, Eigen):
+            return Eigen(jnp.zeros(x.values.shape, x.values.dtype), jnp.eye(*x.vectors.shape, dtype=x.vectors.dtype))
+        return jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(one, spectrum, is_leaf=lambda x: isinstance(x, Eigen))
 
 
 def update(state: LaplaceState, batch: Batch, key: Key, settings: _Settings):

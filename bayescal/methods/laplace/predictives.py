@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bayescal.methods.draws import check_draws, predict_draws
+from bayescal.methods.draws import check_draws
 from bayescal.methods.laplace.structures import Structure
 from bayescal.methods.laplace.view import View, only_member
 from bayescal.methods.map_estimate import one_member
 from bayescal.predictive import Bernoulli, Categorical, Dirichlet, Gaussian, Predictive
+from bayescal.sharding import run_members
 from bayescal.types import Key, PyTree, Variables
 
 
@@ -34,12 +35,16 @@ class Posterior(NamedTuple):
         """(batch, outputs, outputs) of the outputs of the linearised network: J P^-1 J^T * temperature."""
         return self.temperature * self.structure.covariance(self.spectrum, self.precision, self.view, inputs)
 
-    def draw(self, key: Key) -> Variables:
-        """One network from the posterior."""
+    def noise(self, key: Key) -> PyTree:
+        """Like the chosen parameters: how far a draw lies from the mode."""
         chosen = self.view.chosen()
         noise = self.structure.noise(self.spectrum, self.precision, chosen, key)
         width = jnp.sqrt(jnp.asarray(self.temperature))
-        return self.view.network(jax.tree.map(lambda x, z: x + (width * z).astype(x.dtype), chosen, noise))
+        return jax.tree.map(lambda x, z: (width * z).astype(x.dtype), chosen, noise)
+
+    def draw(self, key: Key) -> Variables:
+        """One network from the posterior."""
+        return self.view.network(jax.tree.map(jnp.add, self.view.chosen(), self.noise(key)))
 
     def at_mode(self, inputs) -> Predictive:
         """The likelihood of the network at the mode, one member."""
@@ -96,9 +101,9 @@ def bridge(posterior: Posterior, inputs, key: Key | None) -> Dirichlet:
 
 
 def monte_carlo(num_draws: int) -> Predict:
-    """`num_draws` members, likelihood of f + C z with C = (cov f)^(1/2): draws of the linearised network's outputs, by key.
+    """`num_draws` members, each the likelihood of f + J d with d ~ N(0, temperature * P^-1): linearised networks, by key.
 
-    All rows have the same z, but a member is no network: how rows vary together is not that of the posterior.
+    A member is one linearised network for all rows. One forward pass and its tangent a draw; `key=None` is the mode alone.
 
     Raises:
         ValueError: for fewer than one draw.
@@ -106,19 +111,12 @@ def monte_carlo(num_draws: int) -> Predict:
     """
     check_draws(num_draws)
 
-    def predict(posterior: Posterior, inputs, key: Key | None):
-        if key is None:
-            return posterior.at_mode(inputs)
-        mean, covariance = posterior.mean(inputs), posterior.covariance(inputs)
-        values, vectors = jnp.linalg.eigh(covariance)
-        root = (vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]) @ jnp.swapaxes(
-            vectors, 1, 2
-        )  # of equal values too
-        normal = jax.random.normal(key, (num_draws, root.shape[-1]), root.dtype)  # one for all rows: any chunks will do
-        drawn = mean.reshape(mean.shape[0], -1) + jnp.einsum("bij,sj->sbi", root, normal)
-        return posterior.likelihood(drawn.reshape(num_draws, *mean.shape))
+    def outputs(posterior: Posterior, key: Key, inputs):
+        noise = posterior.noise(key)
+        values, change = jax.jvp(lambda x: posterior.view.outputs(x, inputs), (posterior.view.chosen(),), (noise,))
+        return jax.tree.map(jnp.add, values, change)
 
-    return predict
+    return _by_draws(outputs, num_draws)
 
 
 def normal(posterior: Posterior, inputs, key: Key | None) -> Gaussian:
@@ -151,19 +149,28 @@ def sampled(num_draws: int) -> Predict:
     Source: Ritter et al. 2018; Immer et al. 2021 (why to linearise).
     """
     check_draws(num_draws)
+    return _by_draws(
+        lambda posterior, key, inputs: posterior.view.model.apply(posterior.draw(key), inputs, None), num_draws
+    )
+
+
+def _by_draws(outputs: Callable[[Posterior, Key, Any], Any], num_draws: int) -> Predict:
+    """The likelihood of `outputs(posterior, key, inputs)` for so many keys; without one, of the mode."""
 
     def predict(posterior: Posterior, inputs, key: Key | None):
-        rest: dict[str, Any] = dict(model=posterior.view.model, likelihood=posterior.likelihood, num_draws=num_draws)
-        fixed = posterior._replace(spectrum=None, view=posterior.view._replace(variables=None, places=None))
+        if key is None:
+            return posterior.at_mode(inputs)
+        view = posterior.view
+        fixed = posterior._replace(spectrum=None, view=view._replace(variables=None, places=None))
 
-        def own(state):
-            spectrum, variables, places, precision = state
-            view = fixed.view._replace(variables=variables, places=places)
-            return fixed._replace(view=view, spectrum=spectrum, precision=precision)
+        def one(key, arrays, inputs):
+            spectrum, variables, places, precision, temperature = arrays
+            own = fixed.view._replace(variables=variables, places=places)
+            whole = fixed._replace(view=own, spectrum=spectrum, precision=precision, temperature=temperature)
+            return outputs(whole, key, inputs)
 
-        state = posterior.spectrum, posterior.view.variables, posterior.view.places, posterior.precision
-        draw, centre = lambda state, key: own(state).draw(key), lambda state: state[1]
-        return predict_draws(state, inputs, key, draw=draw, centre=centre, **rest)
+        arrays = (posterior.spectrum, view.variables, view.places, posterior.precision, posterior.temperature)
+        return posterior.likelihood(run_members(one, jax.random.split(key, num_draws), shared=(arrays, inputs)))
 
     return predict
 

@@ -142,8 +142,8 @@ class View(NamedTuple):
 def ggn(likelihood: Callable) -> Callable[[Any, Array], jax.Array]:
     """Root of the generalised Gauss-Newton matrix: of E_y[-d2 log p(y | f) / df2], the Fisher information in the outputs.
 
-    Classes: sqrt(p) (z - sum p z); one logit: sqrt(p (1 - p)) z; normals: mean / sd and variance / (sqrt(2) variance),
-    with everything but z, mean and variance held constant. It does not look at the targets.
+    Classes: sqrt(p) (z - sum p z), turned so that K - 1 of K are left; one logit: sqrt(p (1 - p)) z; normals: mean / sd and
+    variance / (sqrt(2) variance), with everything but z, mean and variance held constant. It does not look at the targets.
 
     Args:
         likelihood: outputs with a leading member axis -> `Categorical`, `Bernoulli` or `Gaussian`.
@@ -159,8 +159,11 @@ def ggn(likelihood: Callable) -> Callable[[Any, Array], jax.Array]:
         match pred:
             case Categorical():
                 logits = pred.logits[0]
-                probs = still(jax.nn.softmax(logits, axis=-1))
-                return _flat(jnp.sqrt(probs) * (logits - (probs * logits).sum(-1, keepdims=True)))
+                half = still(jnp.sqrt(jax.nn.softmax(logits, axis=-1)))
+                roots = half * (logits - (half**2 * logits).sum(-1, keepdims=True))
+                # They are orthogonal to sqrt(p), which a reflection takes to the last axis: one root less to pass back
+                turned = roots - half * (roots[..., -1:] / (1 + half[..., -1:]))
+                return _flat(turned[..., :-1])
             case Bernoulli():
                 logit = pred.logits[0]
                 slope = jax.nn.sigmoid(logit) * jax.nn.sigmoid(-logit)
