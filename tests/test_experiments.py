@@ -116,7 +116,9 @@ def test_unknown_method(tmp_path):
 
 def test_a_method_needs_what_it_starts_from(tmp_path):
     module = importlib.import_module("compare_methods")
-    with pytest.raises(ValueError, match=r"`methods` must hold 'single' before 'laplace', which starts from it.*Add it"):
+    with pytest.raises(
+        ValueError, match=r"`methods` must hold 'single' before 'laplace', which starts from it.*Add it"
+    ):
         module.main(module.Config(methods=("laplace", "single")), tmp_path)
 
 
