@@ -76,6 +76,9 @@ class Eigen(NamedTuple):
 def full() -> Structure:
     """All of H, (parameters, parameters); for a few thousand parameters.
 
+    In float32 curvature below some 1e-6 of the largest is rounding: where the prior precision is smaller still, variances in
+    those directions may be off by tens of percent (`jax.enable_x64` is exact).
+
     Raises:
         ValueError: at `init`, with the number of bytes, where two such matrices do not fit the device; for a prior
             precision per layer.
