@@ -219,7 +219,11 @@ def test_a_curvature_that_was_not_decomposed_is_refused(key):
         ValueError, match=r"after the end of an epoch, got a curvature of \[0.0\] rows.*`method.end_epoch"
     ):
         bc.fit_prior_precision(method, state)
-    bc.fit_prior_precision(method, method.end_epoch(state))
+    for early in (method.init(key), state):
+        with pytest.raises(ValueError, match=r"curvature of an epoch that is over\), got too few.*`method.end_epoch`"):
+            bc.predict(method, early, linear_data().inputs, key)
+    whole = bc.fit_prior_precision(method, method.end_epoch(state))
+    assert np.isfinite(bc.predict(method, whole, linear_data().inputs, key).mean_variance).all()
 
 
 @pytest.mark.parametrize("name", ["laplace", "marginal_likelihood_training"])

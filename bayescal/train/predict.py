@@ -43,8 +43,8 @@ def predict(
         Predictive with batch shape (rows,), or (experiment, rows) for a method of `experiments`, on one device.
 
     Raises:
-        ValueError: for empty, NaN or infinite inputs; for the state of a chain that has kept no sample, or of weights that
-            were not averaged yet.
+        ValueError: for empty, NaN or infinite inputs; for the state of a chain that has kept no sample, of weights that
+            were not averaged yet, or of a curvature that was not summed up.
         TypeError: for a `Fit` where its state is meant.
     """
     check_ready("state", state)
@@ -171,8 +171,9 @@ def check_ready(name: str, state) -> None:
             f" in members {[tuple(map(int, w)) if len(w) > 1 else int(w[0]) for w in without]}" if ready.ndim else ""
         )
         raise ValueError(
-            f"`{name}` must hold what its posterior is made of (a sample of a chain, an average, two weights of SWAG), got "
-            f"too few{which}. `burn_in`, `warmup` and `every` count updates, not epochs: train for more, or lower them."
+            f"`{name}` must hold what its posterior is made of (a sample of a chain, an average, two weights of SWAG, the "
+            f"curvature of an epoch that is over), got too few{which}. Train for more: `burn_in`, `warmup` and `every` count "
+            "updates, not epochs; a loop of your own calls `method.end_epoch`."
         )
 
 

@@ -49,6 +49,11 @@ class LaplaceState(NamedTuple):
     prior_precision: jax.Array
     noise_scale: jax.Array
 
+    @property
+    def ready(self) -> jax.Array:
+        """Whether rows were seen, and all of them are in the spectrum: else `bc.predict` raises."""
+        return (self.rows > 0) & (self.rows == self.decomposed)
+
 
 class _Settings(NamedTuple):
     model: Model
