@@ -39,7 +39,13 @@ FLOORS = {
     "recorded": "5b",
     "__main__": "6",
 }
-ONLY_IN = {"matplotlib": ("plots",), "numpyro": ("methods",), "flax": ("models",), "sklearn": ("data", "calibrate")}
+ONLY_IN = {
+    "matplotlib": ("plots",),
+    "numpyro": ("methods",),
+    "blackjax": ("methods",),
+    "flax": ("models",),
+    "sklearn": ("data", "calibrate"),
+}
 PEERS = {
     ("testing", "train"),
     ("checkpoint", "config"),
@@ -83,7 +89,7 @@ def test_importing_is_light():
     """Nothing heavy comes along, and no device is touched."""
     code = (
         "import sys, bayescal; from jax._src import xla_bridge; "
-        "print([m for m in ('numpyro', 'matplotlib', 'sklearn', 'scipy.stats', 'orbax.checkpoint.experimental') "
+        "print([m for m in ('numpyro', 'blackjax', 'matplotlib', 'sklearn', 'scipy.stats', 'orbax.checkpoint.experimental') "
         "if m in sys.modules], xla_bridge.backends_are_initialized())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
