@@ -5,7 +5,7 @@
 From arrays on the host to the curvature's sums ("sums"), and on to the decomposed posterior of all layers ("posterior"), with
 the same weights: `bc.fit` of `bc.laplace` for one epoch, and `fit` of laplace-torch's KronLaplace with two of its backends.
 Both sum the generalised Gauss-Newton factors of every class; of one batch of 100 the log-determinants are compared. Wall
-clock, all cores; programs are compiled beforehand. Peers: `pip install laplace-torch`.
+clock, all cores; programs are compiled beforehand. Peers: `pip install bayescal[bench]`.
 """
 
 import importlib
