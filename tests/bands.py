@@ -13,6 +13,11 @@ def all_rows(data: bc.Dataset) -> bc.Batch:
     return bc.Batch(jnp.asarray(data.inputs), jnp.asarray(data.targets), jnp.ones(rows), jnp.arange(rows))
 
 
+def positions(fitted: bc.Fit) -> np.ndarray:
+    """(chain, sample, features) held by an ensemble of chains of the linear model."""
+    return np.asarray(fitted.state.members.samples.params)[..., 0]
+
+
 def deviations(samples: np.ndarray, exact: Exact, level: float = 0.99) -> dict[str, float]:
     """Greatest deviation of means and of covariances, each over the half width of its `level` Monte-Carlo band.
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bands import all_rows
 from exact import FEATURES, NOISE, ROWS, exact_posterior, linear_data, linear_model
 from scipy.optimize import minimize
-from test_laplace import batch_of, evidence, passed
+from test_laplace import evidence, passed
 
 import bayescal as bc
 
@@ -132,7 +133,7 @@ def test_an_indefinite_curvature_is_an_error_and_never_a_posterior(structure, ke
     """Curvature that no sum of squares can have, put there by hand."""
     data, model = linear_data(), bc.models.mlp(FEATURES, (), 1)
     method = bc.laplace(model, bc.homoscedastic(NOISE), num_data=ROWS, structure=structure, prior_precision=1.0)
-    state, _ = method.update(method.init(key), batch_of(data), key)
+    state, _ = method.update(method.init(key), all_rows(data), key)
     state = method.end_epoch(state._replace(sums=jax.tree.map(lambda x: -x if x.ndim == 2 else x, state.sums)))
     for tune in (
         lambda: bc.fit_prior_precision(method, state),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bands import all_rows
 from exact import FEATURES, NOISE, PRIOR, ROWS, exact_posterior, linear_data, linear_model
 
 import bayescal as bc
@@ -20,14 +21,9 @@ def passed(method, data, start, key, batch_size=None):
     return bc.fit(method, data, key, epochs=1, batch_size=batch_size, start=start, progress=False).state
 
 
-def batch_of(data):
-    rows = len(data.targets)
-    return bc.Batch(jnp.asarray(data.inputs), jnp.asarray(data.targets), jnp.ones(rows), jnp.arange(rows))
-
-
 def by_hand(method, data, start, key):
     """The same without `fit`, which stays in float32."""
-    return method.end_epoch(method.update(method.init(key, start), batch_of(data), key)[0])
+    return method.end_epoch(method.update(method.init(key, start), all_rows(data), key)[0])
 
 
 def digits(rows=24, classes=3):
@@ -98,7 +94,7 @@ def test_low_rank_is_exact_where_the_curvature_has_no_more(key):
             structure = bc.low_rank(rank)
             settings = dict(num_data=ROWS, structure=structure, prior_precision=PRIOR)
             method = bc.laplace(linear_model(), bc.homoscedastic(NOISE), **settings)
-            state, whole = method.init(key, start), batch_of(data)
+            state, whole = method.init(key, start), all_rows(data)
             for part in np.split(np.arange(ROWS), 8):  # each batch joins what was kept
                 state, _ = method.update(state, jax.tree.map(lambda x, part=part: x[part], whole), key)
             state = method.end_epoch(state)
@@ -344,7 +340,7 @@ def test_refusals(key, unchecked):
     with pytest.raises(ValueError, match=r"`subset` must be whole layers for `kronecker\(\)`, got single weights"):
         chosen = bc.subnetwork(5)._replace(take=lambda params, places: {"kernel": jnp.ones((2, 2))})
         own = bc.laplace(model, bc.Categorical, structure=bc.kronecker(), subset=chosen, **base)
-        own.update(own.init(key), batch_of(data), key)
+        own.update(own.init(key), all_rows(data), key)
     with pytest.raises(ValueError, match=r"`subset` must be keys that lead.*got \('tail',\).*\['dense', 'head'\]"):
         bc.laplace(model, bc.Categorical, structure=bc.full(), subset=("tail",), **base).init(key)
     with pytest.raises(ValueError, match=r"`model` must name its last layer.*got one without a head.*`head=`"):
@@ -352,7 +348,7 @@ def test_refusals(key, unchecked):
     with pytest.raises(ValueError, match=r"`model` must have `taps`.*pure functions without.*`diagonal\(\)`"):
         pure = model._replace(taps=None)
         own = bc.laplace(pure, bc.Categorical, structure=bc.kronecker(), **base)
-        own.update(own.init(key), batch_of(data), key)
+        own.update(own.init(key), all_rows(data), key)
     with pytest.raises(TypeError, match=r"must have logits for `probit`, got Gaussian.*`normal`"):
         own = bc.laplace(model, bc.homoscedastic(1.0), structure=bc.diagonal(), predictive=bc.probit, **base)
         own.predict(own.init(key), data.inputs, key)
@@ -368,7 +364,7 @@ def test_refusals(key, unchecked):
     with pytest.raises(TypeError, match=r"must give Categorical, Bernoulli or Gaussian for `ggn`, got Dirichlet"):
         evidential = lambda outputs: bc.Dirichlet(jnp.exp(outputs))
         own = bc.laplace(model, evidential, structure=bc.diagonal(), predictive=look, **base)
-        own.update(own.init(key), batch_of(data), key)
+        own.update(own.init(key), all_rows(data), key)
 
 
 def test_a_layer_used_twice_is_an_error(key):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bands import all_rows
 from exact import FEATURES, NOISE, ROWS, exact_posterior, linear_data, linear_model
 from flax import nnx
-from test_laplace import batch_of, by_hand, digits, look, passed
+from test_laplace import by_hand, digits, look, passed
 
 import bayescal as bc
 from bayescal.methods.laplace.structures import eigen
@@ -111,7 +112,7 @@ def test_noise_is_scaled_only_where_it_divides_the_curvature(key):
     settings = dict(base, burn_in=0, every=2, noise=True)
     classes = bc.marginal_likelihood_training(bc.models.mlp(36, (4,), 3), bc.Categorical, optax.adam(0.1), **settings)
     with pytest.raises(TypeError, match=r"`noise` needs normal noise of a fixed variance, and `ggn`"):
-        classes.update(classes.init(key), batch_of(digits()), key)
+        classes.update(classes.init(key), all_rows(digits()), key)
 
 
 def test_a_tuned_noise_is_handed_on(key):
@@ -214,7 +215,7 @@ def test_a_curvature_that_was_not_decomposed_is_refused(key):
     method = bc.laplace(
         linear_model(), bc.homoscedastic(NOISE), num_data=ROWS, structure=bc.full(), prior_precision=1.0
     )
-    state, _ = method.update(method.init(key), batch_of(linear_data()), key)
+    state, _ = method.update(method.init(key), all_rows(linear_data()), key)
     with pytest.raises(
         ValueError, match=r"after the end of an epoch, got a curvature of \[0.0\] rows.*`method.end_epoch"
     ):

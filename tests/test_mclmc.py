@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bands import all_rows, deviations
+from bands import all_rows, deviations, positions
 from blackjax.mcmc.integrators import IntegratorState
 from exact import NOISE, PRIOR, ROWS, exact_posterior, linear_data, linear_model
 from methods import blobs, pure_model
@@ -37,10 +37,6 @@ def classifier(model=None, **settings):
 def chains():
     method = bc.ensemble(regression(), CHAINS)
     return bc.fit(method, linear_data(), jax.random.key(7), epochs=WARMUP + 1000, batch_size=ROWS, progress=False)
-
-
-def positions(fitted):
-    return np.asarray(fitted.state.members.samples.params)[..., 0]
 
 
 def test_posterior_of_linear_regression(chains):

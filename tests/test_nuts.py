@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bands import all_rows, deviations
+from bands import all_rows, deviations, positions
 from exact import NOISE, PRIOR, ROWS, exact_posterior, linear_data, linear_model
 from methods import blobs, pure_model
 
@@ -41,10 +41,6 @@ SHORT = {
 def chains():
     method = bc.ensemble(regression(), CHAINS)
     return bc.fit(method, linear_data(), jax.random.key(7), epochs=WARMUP + 1000, batch_size=ROWS, progress=False)
-
-
-def positions(fitted):
-    return np.asarray(fitted.state.members.samples.params)[..., 0]
 
 
 def test_posterior_of_linear_regression(chains):

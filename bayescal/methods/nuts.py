@@ -13,6 +13,7 @@ from bayescal.methods.samples import (
     Samples,
     check_keeping,
     draw_sample,
+    holds_samples,
     is_due,
     keep,
     no_samples,
@@ -34,15 +35,8 @@ class NUTSState(NamedTuple):
     samples: Samples
     step: jax.Array
 
-    @property
-    def ready(self) -> jax.Array:
-        """Whether it holds a sample of the posterior: until then it predicts by where the chain is."""
-        return self.samples.count > 0
-
-    @property
-    def networks(self) -> Variables:
-        """What its samples are taken from by `refresh`, with a leading sample axis."""
-        return sampled_networks(self.samples, self.variables.stats)
+    ready = holds_samples
+    networks = sampled_networks
 
 
 class Adaptation(NamedTuple):

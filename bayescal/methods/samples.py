@@ -65,9 +65,17 @@ def draw_sample(samples: Samples, stats: PyTree, key: Key) -> Variables:
     return Variables(jax.tree.map(lambda x: x[jax.random.randint(key, (), 0, held)], samples.params), stats)
 
 
-def sampled_networks(samples: Samples, stats: PyTree) -> Variables:
-    """All slots as networks, on a leading axis; the first `held` are samples."""
-    return Variables(samples.params, jax.tree.map(lambda x: jnp.broadcast_to(x, (samples.capacity, *x.shape)), stats))
+@property
+def holds_samples(state) -> jax.Array:
+    """Whether the chain holds a sample of the posterior: until then it predicts by where it is. Bool, `ready` of its state."""
+    return state.samples.count > 0
+
+
+@property
+def sampled_networks(state) -> Variables:
+    """All slots as networks, with a leading sample axis, of which the first `held` are samples: `networks` of its state."""
+    stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (state.samples.capacity, *x.shape)), state.variables.stats)
+    return Variables(state.samples.params, stats)
 
 
 def predict_samples(samples: Samples, stats: PyTree, inputs, model: Model, likelihood: Callable):

@@ -106,13 +106,13 @@ def _check_used_once(view: View, names: dict[str, str], inputs) -> None:
     """Raises unless every chosen kernel enters one operation, of what the rows have given; judged by the program."""
     places = {name: own for name, own in zip(names.values(), layers(view.chosen()).values(), strict=True)}
     chosen, structure = jax.tree.flatten(view.chosen())
-    rest = jax.tree.flatten(inputs)
+    arrays, laid_out = jax.tree.flatten(inputs)
 
     def forward(chosen, inputs):
         network = view._replace(variables=view.network(jax.tree.unflatten(structure, chosen)))
-        return network.tapped(None, jax.tree.unflatten(rest[1], inputs))
+        return network.tapped(None, jax.tree.unflatten(laid_out, inputs))
 
-    closed, (_, seen) = jax.make_jaxpr(forward, return_shape=True)(chosen, rest[0])
+    closed, (_, seen) = jax.make_jaxpr(forward, return_shape=True)(chosen, arrays)
     jaxpr = closed.jaxpr
     used = lambda variable: sum(any(v is variable for v in e.invars) for e in jaxpr.eqns)
     fed = reached(jaxpr, jaxpr.invars[len(chosen) :])
