@@ -41,7 +41,7 @@ FLOORS = {
 }
 ONLY_IN = {
     "matplotlib": ("plots",),
-    "numpyro": ("methods",),
+    "numpyro": ("methods", "models"),
     "blackjax": ("methods",),
     "flax": ("models",),
     "sklearn": ("data", "calibrate"),

@@ -2,6 +2,7 @@
 predict, builder."""
 
 from bayescal.methods.anchored import anchored
+from bayescal.methods.bayes_by_backprop import bayes_by_backprop
 from bayescal.methods.chains import chain_diagnostics, chain_values
 from bayescal.methods.cyclical import cyclical_sgld
 from bayescal.methods.ensemble import ensemble
@@ -49,6 +50,7 @@ __all__ = [
     "Structure",
     "Subsample",
     "anchored",
+    "bayes_by_backprop",
     "bootstrap",
     "bridge",
     "chain_diagnostics",

@@ -1,4 +1,4 @@
-"""Predictions from networks that are drawn from a posterior: what its methods share."""
+"""Predictions from networks that are drawn: from a posterior, or by the network's own random layers."""
 
 from collections.abc import Callable
 
@@ -41,6 +41,61 @@ def predict_draws(
         return model.apply(draw(state, draw_key), inputs, None)
 
     return likelihood(run_members(outputs, jax.random.split(key, num_draws), shared=(state, inputs)))
+
+
+def predict_passes(state: State, inputs, key: Key | None, *, model: Model, likelihood: Callable, num_draws: int):
+    """The likelihood of `num_draws` stochastic passes, one network each, as members; `key=None` is the mean network.
+
+    A pass is one network for all examples, the same for any chunking of the data and any batch mates: what its key draws
+    (masks, weights) does not depend on the row. Every example alone sees the distribution that fresh draws would give it.
+
+    What comes before the first random layer is computed once for all passes: the compiler takes it out of the loop over
+    them, and where they run side by side it has no axis of draws. Random numbers are drawn per pass and unit or weight, not
+    per example, so that fewer bits of them would save nothing.
+
+    Args:
+        state: has `variables`.
+        inputs: (rows, ...).
+        key: of the passes, each of which has one split off it.
+        model: the network.
+        likelihood: outputs with a leading member axis -> predictive.
+        num_draws: members of the predictive.
+
+    Raises:
+        ValueError: for a network whose outputs do not depend on its key: all passes would be the same.
+    """
+    if key is None:
+        return likelihood(one_member(model.apply(state.variables, inputs, None)))
+    if not depends(lambda key: model.apply(state.variables, inputs, key), key):
+        raise ValueError(
+            "`model` must draw random numbers, got one whose outputs do not depend on its key, so that all draws would be the "
+            "same network. Add dropout or variational layers, or use `map_estimate`."
+        )
+
+    def draw(draw_key, variables, inputs):
+        def one(row):
+            outputs = model.apply(variables, jax.tree.map(lambda x: x[None], row), draw_key)
+            return jax.tree.map(lambda x: x[0], outputs)
+
+        return jax.vmap(one)(inputs)
+
+    return likelihood(run_members(draw, jax.random.split(key, num_draws), shared=(state.variables, inputs)))
+
+
+def depends(function: Callable, x) -> bool:
+    """Whether what `function` gives depends on `x`, judged by the program."""
+    jaxpr = jax.make_jaxpr(function)(x).jaxpr
+    found = reached(jaxpr, jaxpr.invars)
+    return any(v in found for v in jaxpr.outvars if not hasattr(v, "val"))
+
+
+def reached(jaxpr, variables) -> set:
+    """Everything in the program that `variables` lead to."""
+    found = set(variables)
+    for equation in jaxpr.eqns:
+        if any(v in found for v in equation.invars if not hasattr(v, "val")):
+            found.update(equation.outvars)
+    return found
 
 
 def check_draws(num_draws: int) -> None:

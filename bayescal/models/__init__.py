@@ -6,5 +6,16 @@ from bayescal.models.dropout import dropout_layer
 from bayescal.models.lenet import lenet
 from bayescal.models.mlp import mlp
 from bayescal.models.prior import with_prior
+from bayescal.models.variational import variational_conv, variational_dense
 
-__all__ = ["convnet", "dropout_layer", "from_linen", "from_nnx", "lenet", "mlp", "with_prior"]
+__all__ = [
+    "convnet",
+    "dropout_layer",
+    "from_linen",
+    "from_nnx",
+    "lenet",
+    "mlp",
+    "variational_conv",
+    "variational_dense",
+    "with_prior",
+]

@@ -11,6 +11,8 @@ from bayescal.models.head import HeadCalls, no_such_layer, random_head, shared_h
 from bayescal.models.taps import Taps
 from bayescal.types import Key, Model, Variables
 
+NETWORK = "network"  # tag of the random streams that all layers of a network share
+PENALTY = "penalty"  # linen's collection of nats for the whole data set
 _NO_STREAM = (
     "`key` was given to a network without a random stream: expected dropout (or another layer that draws numbers) of "
     "rate above 0, got none that is used. Pass `key=None` for the deterministic network, or add dropout."
@@ -23,6 +25,10 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
     With a key, dropout (attention's own too) is switched on and every random stream of the module is seeded from the key; batch
     norm keeps its running moments. Without one the pass is deterministic. In `train` both are in training mode.
     `nnx.Conv` layers run on `convolution`, fast in loops on CPU, unless they were given a function of their own.
+
+    Layers may go further: the nats that a method `penalty()` of any of them gives after a training pass are added up as the
+    model's penalty; an attribute `each_row` is True in training alone, where noise may differ from row to row; and all
+    streams of tag `NETWORK` have the same key, so that layers can draw one thing for the whole network.
 
     Args:
         build: `nnx.Rngs -> module`, called afresh for every initialisation.
@@ -86,16 +92,15 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
 
     def _seeded(streams, key):
         leaves, structure = jax.tree.flatten(streams)
+        tags = [x.tag for x in jax.tree.leaves(streams, is_leaf=lambda x: isinstance(x, nnx.RngState))]
         key = jax.random.key(0) if key is None else key
-        return jax.tree.unflatten(
-            structure,
-            [
-                jax.random.fold_in(key, i)
-                if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-                else jnp.zeros(x.shape, x.dtype)
-                for i, x in enumerate(leaves)
-            ],
-        )
+
+        def seeded(place, leaf, tag):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.random.fold_in(key, len(leaves) if tag == NETWORK else place)
+            return jnp.zeros(leaf.shape, leaf.dtype)
+
+        return jax.tree.unflatten(structure, map(seeded, range(len(leaves)), leaves, tags))
 
     def counts(module):
         return [
@@ -124,9 +129,10 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
 
     def train(variables: Variables, inputs, key: Key):
         module = module_with(variables, key)
-        module.train()
+        module.train(each_row=True)
         outputs = module(inputs)
-        return outputs, nnx.to_pure_dict(parts(module)[3]), 0.0
+        penalties = [layer.penalty() for _, layer in nnx.iter_modules(module) if hasattr(layer, "penalty")]
+        return outputs, nnx.to_pure_dict(parts(module)[3]), sum(penalties[1:], penalties[0]) if penalties else 0.0
 
     def taps(variables: Variables, inputs, zeros):
         module, watch = module_with(variables, None), Taps(jax.tree.leaves(inputs)[0].shape[0], zeros)
@@ -184,7 +190,8 @@ def from_linen(
 
     With a key, `nn.Dropout` is switched on (dropout inside attention layers is not); batch norm keeps its running
     moments. Without one the pass is the evaluation one. `nn.Conv` layers run on `convolution`, fast in loops on CPU,
-    unless they were given a function of their own.
+    unless they were given a function of their own. Nats that layers `sow` under "penalty" in a training pass are added up as
+    the model's penalty.
 
     Args:
         module: the linen module.
@@ -236,6 +243,7 @@ def from_linen(
     def init(key: Key) -> Variables:
         params_key, stream_key = jax.random.split(key)
         variables = dict(module.init({"params": params_key, stream: stream_key}, example, **evaluate))
+        variables.pop(PENALTY, None)
         return Variables(variables.pop("params", {}), variables)
 
     def forward(variables: Variables, inputs, key: Key | None, watch):
@@ -259,10 +267,10 @@ def from_linen(
         return forward(variables, inputs, key, nullcontext())
 
     def train_pass(variables: Variables, inputs, key: Key):
-        outputs, stats = run(
-            collections(variables), inputs, rngs={stream: key}, mutable=list(variables.stats or {}), **train
-        )
-        return outputs, stats, 0.0
+        mutable = [*(variables.stats or {}), PENALTY]
+        outputs, stats = run(collections(variables), inputs, rngs={stream: key}, mutable=mutable, **train)
+        penalties = jax.tree.leaves(stats.pop(PENALTY, {}))
+        return outputs, stats, sum(penalties[1:], penalties[0]) if penalties else 0.0
 
     def taps(variables: Variables, inputs, zeros):
         watch = Taps(jax.tree.leaves(inputs)[0].shape[0], zeros)

@@ -1,6 +1,6 @@
 """Small convolutional network."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -21,6 +21,8 @@ def convnet(
     *,
     dropout: Rate = 0.0,
     batch_norm: bool = False,
+    dense: Callable | None = None,
+    conv: Callable | None = None,
 ) -> Model:
     """3x3 convolutions with ReLU and 2x2 max-pooling, one dense layer, one head: (batch, *shape) -> (batch, out_features).
 
@@ -34,6 +36,10 @@ def convnet(
         dropout: rate after every convolution's pooling and after the dense layer, in [0, 1); may be traced, see
             `dropout_layer`.
         batch_norm: normalise before every ReLU.
+        dense: `(in_features, out_features, *, rngs) -> layer` for the dense layers, such as `variational_dense`; None =
+            `nnx.Linear`.
+        conv: `(in_features, out_features, kernel_size, *, padding, rngs) -> layer`, such as `variational_conv`; None =
+            `nnx.Conv`.
 
     Raises:
         ValueError: for an image that cannot be halved once per convolution, or a dropout rate outside [0, 1).
@@ -47,7 +53,7 @@ def convnet(
             "Use fewer convolutions or pad the images."
         )
 
-    build = lambda rngs: _module()(shape, channels, hidden, out_features, dropout, batch_norm, rngs)
+    build = lambda rngs: _module()(shape, channels, hidden, out_features, dropout, batch_norm, dense, conv, rngs)
     return from_nnx(build, head="head")
 
 
@@ -68,16 +74,17 @@ def _module():
     from flax import nnx
 
     class ConvNet(nnx.Module):
-        def __init__(self, shape, channels, hidden, out_features, dropout, batch_norm, rngs):
+        def __init__(self, shape, channels, hidden, out_features, dropout, batch_norm, dense, conv, rngs):
+            dense, conv = dense or nnx.Linear, conv or nnx.Conv
             height, width, depth = shape
             depths = [depth, *channels]
             flat = height * width // 4 ** len(channels) * depths[-1]
             widths = [*channels, hidden]
-            self.conv = nnx.List([nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in pairwise(depths)])
-            self.dense = nnx.Linear(flat, hidden, rngs=rngs)
+            self.conv = nnx.List([conv(a, b, (3, 3), padding="SAME", rngs=rngs) for a, b in pairwise(depths)])
+            self.dense = dense(flat, hidden, rngs=rngs)
             self.norm = nnx.List([nnx.BatchNorm(b, rngs=rngs) for b in widths] if batch_norm else [])
             self.dropout = nnx.List([dropout_layer(dropout, rngs) for _ in widths] if has_dropout(dropout) else [])
-            self.head = nnx.Linear(hidden, out_features, rngs=rngs)
+            self.head = dense(hidden, out_features, rngs=rngs)
 
         def __call__(self, inputs):
             x = inputs

@@ -1,5 +1,6 @@
 """LeNet: a small convolutional network for images of one or a few channels."""
 
+from collections.abc import Callable
 from functools import cache
 
 from bayescal.models.adapters import from_nnx
@@ -9,7 +10,13 @@ from bayescal.types import Model
 
 
 def lenet(
-    shape: tuple[int, int, int], out_features: int, *, channels: tuple[int, int] = (6, 16), dropout: Rate = 0.0
+    shape: tuple[int, int, int],
+    out_features: int,
+    *,
+    channels: tuple[int, int] = (6, 16),
+    dropout: Rate = 0.0,
+    dense: Callable | None = None,
+    conv: Callable | None = None,
 ) -> Model:
     """LeNet-5 with ReLU and max-pooling: (batch, *shape) -> (batch, out_features).
 
@@ -21,6 +28,7 @@ def lenet(
         out_features: classes, or numbers per example.
         channels: output channels of the two convolutions.
         dropout: rate after each pooling and each dense layer, in [0, 1); may be traced, see `dropout_layer`.
+        dense, conv: what makes the layers, as in `convnet`.
 
     Raises:
         ValueError: for images that are too small or cannot be halved twice, or a dropout rate outside [0, 1).
@@ -31,7 +39,7 @@ def lenet(
         raise ValueError(
             f"`shape` must have height and width divisible by 4 and at least 12, got {shape}. Pad or resize the images."
         )
-    return from_nnx(lambda rngs: _module()(shape, out_features, channels, dropout, rngs), head="head")
+    return from_nnx(lambda rngs: _module()(shape, out_features, channels, dropout, dense, conv, rngs), head="head")
 
 
 @cache  # jax keeps every module class for ever: one, and none that closes over a traced rate
@@ -39,15 +47,16 @@ def _module():
     from flax import nnx
 
     class LeNet(nnx.Module):
-        def __init__(self, shape, out_features, channels, dropout, rngs):
+        def __init__(self, shape, out_features, channels, dropout, dense, conv, rngs):
+            dense, conv = dense or nnx.Linear, conv or nnx.Conv
             height, width, depth = shape
             first, second = channels
             flat = (height // 2 - 4) // 2 * ((width // 2 - 4) // 2) * second
             layers = (depth, first, "SAME"), (first, second, "VALID")
-            self.conv = nnx.List([nnx.Conv(a, b, (5, 5), padding=padding, rngs=rngs) for a, b, padding in layers])
-            self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in ((flat, 120), (120, 84))])
+            self.conv = nnx.List([conv(a, b, (5, 5), padding=padding, rngs=rngs) for a, b, padding in layers])
+            self.dense = nnx.List([dense(a, b, rngs=rngs) for a, b in ((flat, 120), (120, 84))])
             self.dropout = nnx.List([dropout_layer(dropout, rngs) for _ in range(4)] if has_dropout(dropout) else [])
-            self.head = nnx.Linear(84, out_features, rngs=rngs)
+            self.head = dense(84, out_features, rngs=rngs)
 
         def __call__(self, inputs):
             x = inputs

@@ -1,7 +1,7 @@
 """Multilayer perceptron, as plain functions: flax takes longer to import than a small network to train."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from bayescal.models.adapters import _NO_STREAM
-from bayescal.models.dropout import Rate, check_dropout, has_dropout
+from bayescal.models.adapters import _NO_STREAM, from_nnx
+from bayescal.models.dropout import Rate, check_dropout, dropout_layer, has_dropout
 from bayescal.models.taps import Taps
 from bayescal.types import Key, Model, Variables
 
@@ -25,6 +25,7 @@ def mlp(
     *,
     dropout: Rate = 0.0,
     batch_norm: bool = False,
+    dense: Callable | None = None,
 ) -> Model:
     """Dense layers with ReLU between them: (batch, ...) flattened to (batch, in_features) -> (batch, out_features).
 
@@ -36,11 +37,16 @@ def mlp(
         out_features: classes, or numbers per example.
         dropout: rate after every hidden layer, in [0, 1); may be traced, see `dropout_layer`.
         batch_norm: normalise before every ReLU.
+        dense: `(in_features, out_features, *, rngs) -> layer` of flax nnx for every layer, such as `variational_dense`;
+            None = dense layers as plain functions.
 
     Raises:
         ValueError: for a dropout rate outside [0, 1).
     """
     check_dropout(dropout)
+    if dense is not None:
+        build = lambda rngs: _module()(in_features, hidden, out_features, dropout, batch_norm, dense, rngs)
+        return from_nnx(build, head="head")
     widths, layers = [in_features, *hidden], range(len(hidden))
     random = has_dropout(dropout)
     carried = isinstance(dropout, (jax.Array, np.ndarray))
@@ -103,6 +109,28 @@ def mlp(
         return _affine(x, variables.params["head"], product_of("head")), watch.seen
 
     return Model(init, apply, train, features, head, ("head",), taps)
+
+
+@cache  # jax keeps every module class for ever: one, and none that closes over a traced rate
+def _module():
+    from flax import nnx
+
+    class MLP(nnx.Module):
+        def __init__(self, in_features, hidden, out_features, dropout, batch_norm, dense, rngs):
+            self.dense = nnx.List([dense(a, b, rngs=rngs) for a, b in pairwise([in_features, *hidden])])
+            self.norm = nnx.List([nnx.BatchNorm(b, rngs=rngs) for b in hidden] if batch_norm else [])
+            self.dropout = nnx.List([dropout_layer(dropout, rngs) for _ in hidden] if has_dropout(dropout) else [])
+            self.head = dense([in_features, *hidden][-1], out_features, rngs=rngs)
+
+        def __call__(self, inputs):
+            x = inputs.reshape(inputs.shape[0], -1)
+            for i, dense in enumerate(self.dense):
+                x = dense(x)
+                x = nnx.relu(self.norm[i](x) if self.norm else x)
+                x = self.dropout[i](x) if self.dropout else x
+            return self.head(x)
+
+    return MLP
 
 
 def _dense(key, width, out_features):
