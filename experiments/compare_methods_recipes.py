@@ -64,7 +64,7 @@ def variational(config, num_data: int) -> bc.Method:
         optax.adam(config.variational_learning_rate),
         num_data=num_data,
         num_draws=config.num_draws,
-        prior_scale=config.prior_scale,
+        prior=bc.priors.normal(config.prior_scale),
         temperature=config.temperature,
     )
 

@@ -257,7 +257,7 @@ def recipes(config: Config, problem: Problem, curvature: float) -> dict[str, Rec
                 *network,
                 decaying(1e-2, config.training),
                 num_data=rows,
-                prior_scale=problem.prior_precision**-0.5,
+                prior=bc.priors.normal(problem.prior_precision**-0.5),
                 **draws,
             )
         ),

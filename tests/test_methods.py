@@ -47,53 +47,6 @@ def test_map_with_a_prior_is_ridge_regression(rng, key, batch_size):
     np.testing.assert_allclose(fitted.state.variables.params, mean, rtol=0.02 if batch_size < 80 else 1e-3, atol=0.01)
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(80, marks=pytest.mark.slow), 20])
-def test_variational_is_the_mean_field_optimum(rng, key, batch_size):
-    """Mean of the exact posterior, standard deviation 1 / sqrt(diagonal of its precision), whatever the batch size."""
-    data = linear_data(rng)
-    mean, precision = exact_posterior(data, prior_precision=4.0)
-    steps = 1500
-    schedule = optax.cosine_decay_schedule(0.02, steps * 80 // batch_size)
-    method = bc.variational(
-        linear_model(4),
-        bc.homoscedastic(NOISE),
-        optax.adam(schedule),
-        num_data=80,
-        num_draws=4000,
-        prior_scale=0.5,
-    )
-    fitted = bc.fit(method, data, key, epochs=steps, batch_size=batch_size, progress=False)
-    np.testing.assert_allclose(fitted.state.location, mean[:, 0], atol=0.03)
-    pred = bc.predict(method, fitted.state, np.eye(4, dtype=np.float32), key)
-    np.testing.assert_allclose(pred.mean[..., 0].std(0), 1 / np.sqrt(np.diag(precision)), rtol=0.08)
-    kl_low = fitted.history["kl"][-1]
-    assert (kl_low > 0).all()
-
-
-def test_variational_kl_is_the_closed_form(key):
-    method = bc.variational(pure_model(), bc.Categorical, optax.sgd(0.0), num_data=30, num_draws=1, prior_scale=0.7)
-    data = blobs()
-    fitted = bc.fit(method, data, key, epochs=1, batch_size=30, progress=False)
-    s = np.full(15, 0.01)  # the initial scale
-    m = np.asarray(fitted.state.location, float)
-    expected = np.sum(np.log(0.7 / s) + (s**2 + m**2) / (2 * 0.7**2) - 0.5)
-    np.testing.assert_allclose(fitted.history["kl"][0, 0], expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.1])
-def test_variational_gradient_scales_the_kl_once(temperature):
-    """d/d location of temperature * KL / num_data is temperature * location / (prior_scale^2 num_data): with a flat
-    likelihood nothing else is left."""
-    model = linear_model(3)._replace(init=lambda key: bc.Variables(jnp.ones((3, 1))))
-    method = bc.variational(
-        model, bc.homoscedastic(1.0), optax.sgd(1.0), num_data=50, num_draws=1, prior_scale=0.5, temperature=temperature
-    )
-    state = method.init(jax.random.key(0), None)
-    batch = bc.Batch(jnp.zeros((5, 3)), jnp.zeros((5, 1)), jnp.ones(5), jnp.arange(5))
-    new, _ = jax.jit(method.update)(state, batch, jax.random.key(1))
-    np.testing.assert_allclose(state.location - new.location, temperature * 1 / (0.25 * 50), rtol=1e-5)
-
-
 def test_mc_dropout_variance_of_a_linear_network(key):
     """Dropout of rate p before a dense layer: variance p / (1 - p) sum w^2 x^2."""
     from flax import nnx
@@ -173,14 +126,6 @@ def test_settings_on_the_member_axis(key):
     np.testing.assert_allclose(w[1], lone.state.variables.params["w"], rtol=1e-5)
 
 
-def test_start_from_a_trained_state(key):
-    base = bc.map_estimate(pure_model(), bc.Categorical, optax.adam(0.05))
-    trained = bc.fit(base, blobs(), key, epochs=5, batch_size=10, progress=False).state
-    guide = bc.variational(pure_model(), bc.Categorical, optax.adam(0.0), num_data=30, num_draws=2)
-    fitted = bc.fit(guide, blobs(), key, epochs=1, batch_size=10, start=trained, progress=False)
-    np.testing.assert_allclose(fitted.state.location[-12:], trained.variables.params["w"].ravel(), rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -197,10 +142,6 @@ def test_start_from_a_trained_state(key):
             "`num_draws` must be a whole number of at least 1, got 0",
         ),
         (
-            lambda m: bc.variational(m, bc.Categorical, optax.adam(1e-2), num_data=9, num_draws=2, temperature=-1.0),
-            "`temperature` must be positive, got -1.0",
-        ),
-        (
             lambda m: bc.map_estimate(m, bc.Categorical, optax.adam(1e-2), prior_precision=-1.0, num_data=9),
             "`prior_precision` must not be negative, got -1.0",
         ),
@@ -210,10 +151,6 @@ def test_start_from_a_trained_state(key):
         ),
         (lambda m: bc.models.mlp(4, (8,), 3, dropout=1.5), r"`dropout` must be a rate in \[0, 1\), got 1.5"),
         (lambda m: bc.homoscedastic(0.0), "`variance` must be positive, got 0.0"),
-        (
-            lambda m: bc.variational(m, bc.Categorical, optax.adam(1e-2), num_data=0, num_draws=2),
-            "`num_data` must be positive, got 0",
-        ),
         (
             lambda m: bc.ensemble(bc.map_estimate(m, bc.Categorical, optax.adam(1e-2)), 0),
             "`num_members` must be a whole number of at least 1, got 0",
@@ -231,11 +168,6 @@ def test_start_from_a_trained_state(key):
 def test_bad_settings(unchecked, build, message):
     with pytest.raises(ValueError, match=message):
         build(pure_model())
-
-
-def test_num_data_is_required():
-    with pytest.raises(TypeError, match="num_data"):
-        bc.variational(pure_model(), bc.Categorical, optax.adam(1e-2), num_draws=2)
 
 
 def test_ensemble_of_the_wrong_kind(unchecked):

@@ -1,6 +1,7 @@
 """Methods: data -> state -> predictive. One file a method, the same names in the same order: State, init, update,
 predict, builder."""
 
+from bayescal.methods import guides, priors
 from bayescal.methods.anchored import anchored
 from bayescal.methods.bayes_by_backprop import bayes_by_backprop
 from bayescal.methods.chains import chain_diagnostics, chain_values
@@ -11,7 +12,6 @@ from bayescal.methods.ivon import ivon, ivon_optimizer
 from bayescal.methods.langevin import psgld, sgld
 from bayescal.methods.laplace import (
     Posterior,
-    Selection,
     Structure,
     bridge,
     diagonal,
@@ -21,7 +21,6 @@ from bayescal.methods.laplace import (
     ggn,
     kronecker,
     laplace,
-    last_layer,
     low_rank,
     marginal_likelihood_training,
     monte_carlo,
@@ -29,7 +28,6 @@ from bayescal.methods.laplace import (
     probit,
     sampled,
     select_prior_precision,
-    subnetwork,
 )
 from bayescal.methods.map_estimate import map_estimate
 from bayescal.methods.mc_dropout import mc_dropout
@@ -37,6 +35,7 @@ from bayescal.methods.mclmc import mclmc
 from bayescal.methods.nuts import nuts
 from bayescal.methods.refresh import refresh
 from bayescal.methods.resample import Subsample, bootstrap, out_of_bag
+from bayescal.methods.selection import Selection, last_layer, subnetwork, subtrees, without_biases
 from bayescal.methods.sghmc import sghmc
 from bayescal.methods.sgmcmc import Kernel, sgmcmc
 from bayescal.methods.svgd import svgd
@@ -63,6 +62,7 @@ __all__ = [
     "fit_prior_precision",
     "full",
     "ggn",
+    "guides",
     "ivon",
     "ivon_optimizer",
     "kronecker",
@@ -77,6 +77,7 @@ __all__ = [
     "normal",
     "nuts",
     "out_of_bag",
+    "priors",
     "probit",
     "psgld",
     "refresh",
@@ -86,8 +87,10 @@ __all__ = [
     "sgld",
     "sgmcmc",
     "subnetwork",
+    "subtrees",
     "svgd",
     "swa",
     "swag",
     "variational",
+    "without_biases",
 ]

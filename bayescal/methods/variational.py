@@ -1,4 +1,4 @@
-"""Mean-field variational inference over all weights of any network, through NumPyro."""
+"""Variational inference over the weights of any network, through NumPyro: its guides, priors and bound."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from bayescal.methods import guides, priors
 from bayescal.methods.draws import check_draws, predict_draws
 from bayescal.methods.map_estimate import (
     check_positive,
@@ -15,6 +16,8 @@ from bayescal.methods.map_estimate import (
     start_variables,
     weighted_mean,
 )
+from bayescal.methods.selection import Selection, selected
+from bayescal.methods.variational_family import Family, family, unvalidated
 from bayescal.types import Key, Method, Model, PyTree, Variables
 
 if TYPE_CHECKING:
@@ -22,115 +25,77 @@ if TYPE_CHECKING:
 
 
 class VariationalState(NamedTuple):
-    """Normal posterior of all weights as one vector: mean `location` and unconstrained `raw_scale`, each (weights,)."""
+    """The posterior of the chosen weights as one vector, and the rest of the network.
 
-    location: jax.Array
-    raw_scale: jax.Array
+    posterior: the guide's parameters by NumPyro's names, unconstrained.
+    point: params that have no posterior, None in place of those that do; () where all do.
+    places: of single weights, where those are chosen.
+    """
+
+    posterior: dict[str, jax.Array]
+    point: PyTree
+    places: PyTree
     stats: PyTree
     opt_state: PyTree
     step: jax.Array
 
 
-class MeanField(NamedTuple):
-    """What NumPyro contributes, built once: prior and guide of one site, `weights`, and the guide's scale constraint."""
-
-    prior: Callable
-    guide: Callable
-    to_scale: Callable[[jax.Array], jax.Array]
-    to_raw: Callable[[jax.Array], jax.Array]
-    unravel: Callable[[jax.Array], PyTree]  # vector of weights -> the network's params
-
-    def guide_params(self, location: jax.Array, raw_scale: jax.Array) -> dict[str, jax.Array]:
-        """The posterior under the names that NumPyro's AutoNormal gives its parameters."""
-        return {"weights_auto_loc": location, "weights_auto_scale": self.to_scale(raw_scale)}
-
-
-def mean_field(model: Model, prior_scale: float) -> MeanField:
-    """Normal(0, prior_scale) on every weight, and an AutoNormal guide over them.
-
-    One site for all weights: a random draw costs a third of a second to compile, so one is better than one a layer.
-
-    Args:
-        model: the network; only the structure of its params is used.
-        prior_scale: standard deviation of the prior.
-    """
-    import numpyro  # heavy: only those who use it pay for it
-    import numpyro.distributions as dist
-    from numpyro.handlers import seed
-    from numpyro.infer.autoguide import AutoNormal
-
-    unravel: list = []
-
-    def flat_init(key):
-        flat, function = ravel_pytree(model.init(key).params)
-        unravel.append(function)
-        return flat
-
-    size = jax.eval_shape(flat_init, jax.random.key(0)).size
-
-    def prior():
-        return numpyro.sample("weights", dist.Normal(0.0, prior_scale).expand((size,)).to_event(1))
-
-    guide = AutoNormal(prior)
-    # The guide inspects the prior at its first call: abstractly at once, eagerly in seconds. The values it finds are
-    # never used; ours come from the network's own initial weights.
-    jax.eval_shape(seed(guide, jax.random.key(0)))
-    to_scale = dist.biject_to(AutoNormal.scale_constraint)
-    return MeanField(prior, guide, to_scale, to_scale.inv, unravel[0])
-
-
-def init(key: Key, start: PyTree | None, model: Model, optimizer, family: MeanField, initial_scale) -> VariationalState:
-    """Posterior centred at the network's own initial weights, or at those of `start`, with a fresh optimiser."""
+def init(key: Key, start: PyTree | None, model: Model, optimizer, family: Family) -> VariationalState:
+    """Posterior around the network's own initial weights, or those of `start`, with a fresh optimiser."""
     variables = model.init(key) if start is None else start_variables(start)
-    location = ravel_pytree(variables.params)[0]
-    raw_scale = family.to_raw(jnp.full_like(location, initial_scale))
-    opt_state = optimizer.init((location, raw_scale))
-    return VariationalState(location, raw_scale, variables.stats, opt_state, jnp.zeros((), jnp.int32))
+    places = family.selection.find(variables.params)
+    posterior = family.start(ravel_pytree(family.selection.take(variables.params, places))[0])
+    point = family.point(variables.params)
+    opt_state = optimizer.init((posterior, point))
+    return VariationalState(posterior, point, places, variables.stats, opt_state, jnp.zeros((), jnp.int32))
 
 
-def update(state, batch, key, model, likelihood, optimizer, family, num_data, temperature):
-    """One step on the negative evidence lower bound per example: mean nll + temperature * KL / num_data."""
+def update(state: VariationalState, batch, key: Key, model: Model, likelihood, optimizer, family, num_data, share):
+    """One step on the negative evidence lower bound per example: mean nll + (penalty + share(step) * KL) / num_data."""
     import optax
     from numpyro import factor
     from numpyro.infer import TraceMeanField_ELBO
     from numpyro.primitives import mutable
 
     network_key, draw_key = jax.random.split(key)
-
-    def joint():
-        start: Any = {"value": state.stats}
-        carried: Any = mutable("stats", start)
-        variables = Variables(family.unravel(family.prior()), carried["value"])
-        outputs, carried["value"], penalty = model.train(variables, batch.inputs, network_key)
-        log_prob = likelihood(one_member(outputs)).log_prob(batch.targets)
-        factor("data", num_data * weighted_mean(log_prob, batch.weights))
-        factor("penalty", -num_data * jnp.asarray(share_of_penalty(penalty, num_data), log_prob.dtype))
-
     bound = TraceMeanField_ELBO(sum_sites=False)
 
-    def objective(posterior):
-        result: Any = bound.loss_with_mutable_state(draw_key, family.guide_params(*posterior), joint, family.guide)
-        nats = result["loss"]  # of the whole data set, per site
-        loss = nats["data"] / num_data
-        total = loss + (nats["penalty"] + temperature * nats["weights"]) / num_data
-        return total, (result["mutable_state"]["stats"]["value"], {"loss": loss, "kl": nats["weights"]})
+    def objective(trained):
+        posterior, point = trained
 
-    posterior = state.location, state.raw_scale
-    gradient, (stats, info) = jax.grad(objective, has_aux=True)(posterior)
-    change, opt_state = optimizer.update(gradient, state.opt_state, posterior)
-    moved: Any = optax.apply_updates(posterior, change)
-    return VariationalState(moved[0], moved[1], stats, opt_state, state.step + 1), info
+        def joint():
+            start: Any = {"value": state.stats}
+            carried: Any = mutable("stats", start)
+            variables = family.network(family.prior(), point, state.places, carried["value"])
+            outputs, carried["value"], penalty = model.train(variables, batch.inputs, network_key)
+            log_prob = likelihood(one_member(outputs)).log_prob(batch.targets)
+            factor("data", num_data * weighted_mean(log_prob, batch.weights))
+            factor("penalty", -num_data * jnp.asarray(share_of_penalty(penalty, num_data), log_prob.dtype))
+
+        with unvalidated():
+            result: Any = bound.loss_with_mutable_state(draw_key, family.constrained(posterior), joint, family.guide)
+        nats = dict(result["loss"])  # of the whole data set, per site
+        loss, penalty = nats.pop("data") / num_data, nats.pop("penalty")
+        kl = sum(nats.values())  # of the weights, and of the site that guides of one vector draw them through
+        temperature = jnp.asarray(share(state.step), loss.dtype)
+        total = loss + (penalty + temperature * kl) / num_data
+        return total, (result["mutable_state"]["stats"]["value"], {"loss": loss, "kl": kl, "temperature": temperature})
+
+    trained = state.posterior, state.point
+    gradient, (stats, info) = jax.grad(objective, has_aux=True)(trained)
+    change, opt_state = optimizer.update(gradient, state.opt_state, trained)
+    moved: Any = optax.apply_updates(trained, change)
+    return VariationalState(moved[0], moved[1], state.places, stats, opt_state, state.step + 1), info
 
 
-def draw(state: VariationalState, key: Key, family: MeanField) -> Variables:
+def draw(state: VariationalState, key: Key, family: Family) -> Variables:
     """One network from the posterior."""
-    drawn = family.guide.sample_posterior(key, family.guide_params(state.location, state.raw_scale))
-    return Variables(family.unravel(drawn["weights"]), state.stats)
+    return family.network(family.sample(state.posterior, key), state.point, state.places, state.stats)
 
 
-def centre(state: VariationalState, family: MeanField) -> Variables:
-    """The network at the posterior mean."""
-    return Variables(family.unravel(state.location), state.stats)
+def centre(state: VariationalState, family: Family) -> Variables:
+    """The network at the posterior's median."""
+    return family.network(family.median(state.posterior), state.point, state.places, state.stats)
 
 
 def variational(
@@ -140,48 +105,72 @@ def variational(
     *,
     num_data: int,
     num_draws: int,
-    prior_scale: float = 1.0,
-    initial_scale: float = 0.01,
-    temperature: float = 1.0,
+    guide: guides.Guide | None = None,
+    prior: priors.Prior | None = None,
+    subset: Selection | tuple | None = None,
+    initial_scale: Any = 0.01,
+    temperature: Any = 1.0,
+    annealing: Callable[[jax.Array], Any] | None = None,
 ) -> Method:
-    """Normal mean-field posterior over all weights: minimises mean nll + temperature * KL[q || prior] / num_data.
+    """Minimises mean nll + temperature * annealing(step) * KL[q(w) || prior(w)] / num_data over the guide's q.
 
-    NumPyro's normal prior, AutoNormal guide and mean-field bound (closed-form KL, one weight draw a step); batches are
-    passed in. The posterior starts at the network's own initial weights. Where data are few, mean-field posteriors are
-    known to under-fit; a `temperature` below 1 (a "cold" posterior) is then a choice to be reported.
+    NumPyro's priors, guides and mean-field bound: one draw of the weights a step, the KL in closed form where NumPyro has
+    one (a normal guide and prior), else log q - log p of the draw. The posterior starts at the network's own initial
+    weights, or at those of `start`. Where data are few, mean-field posteriors are known to under-fit; a `temperature`
+    below 1 (a "cold" posterior) is then a choice to be reported.
 
     Args:
-        model: any network; its `stats` are carried and never drawn.
+        model: any network; its `stats` are carried and never drawn, its penalty is divided by `num_data`.
         likelihood: outputs with a leading member axis -> predictive.
-        optimizer: any optax transformation; it sees the pair (location, raw_scale).
+        optimizer: any optax transformation; it sees the pair (posterior, point) of the state.
         num_data: number of training rows, which scales the KL; never inferred.
         num_draws: members of the predictive.
-        prior_scale: standard deviation of the normal prior on every weight.
+        guide: `guides.normal`, `guides.low_rank(rank)`, `guides.full`, `guides.delta`, or NumPyro's own class, such as
+            `AutoDiagonalNormal`, that takes `init_scale`; None = `guides.normal`.
+        prior: `priors.normal(scale)`, `priors.student_t(df, scale)`, `priors.scale_mixture(scales, weights)`, or your own
+            `params -> numpyro distribution` of the chosen weights as one vector; None = `priors.normal(1.0)`.
+        subset: which parameters have a posterior: keys that lead to them, such as `last_layer(model)`; `subtrees(*paths)`,
+            `without_biases()`, `subnetwork(number)`; None = all. The others are trained beside it as point estimates, by the
+            same optimiser and without a prior.
         initial_scale: standard deviation of the posterior at the start.
-        temperature: of the posterior; 1 = Bayes.
+        temperature: factor of the KL; 1 = Bayes.
+        annealing: `step -> share of the KL`, such as `optax.linear_schedule(0.0, 1.0, 500)`; 1 once it is over, else what
+            is found is not Bayes' posterior. None = 1 throughout.
 
     Returns:
-        Method whose state is `VariationalState` and whose info is `loss` (mean nats per example) and `kl` (nats).
+        Method whose state is `VariationalState`, with `draw` unless the guide has no spread. Its info is `loss` (mean nats
+        per example), `kl` (nats) and `temperature` (the KL's factor in this step). `key=None` predicts by the median network.
 
     Raises:
-        ValueError: for settings that are not positive.
+        ValueError: for settings that are not positive, a prior of another shape, several draws of a guide without spread.
+        TypeError: for annealing that is not a function.
     Source: Blundell et al. 2015; scaling as in Graves 2011.
     """
     check_draws(num_draws)
-    check_positive(num_data=num_data, prior_scale=prior_scale, initial_scale=initial_scale, temperature=temperature)
-    family = mean_field(model, prior_scale)
+    check_positive(num_data=num_data, initial_scale=initial_scale, temperature=temperature)
+    if annealing is not None and not callable(annealing):
+        raise TypeError(
+            f"`annealing` must be a function of the step, got {type(annealing).__name__}. Pass a schedule, such as "
+            "`optax.linear_schedule(0.0, 1.0, 500)`; a constant share of the KL is a `temperature`."
+        )
+    share = lambda step: temperature if annealing is None else temperature * annealing(step)
+    chosen = family(model, selected(subset), prior or priors.normal(1.0), guide or guides.normal, initial_scale)
+    spreads = chosen.spreads()
+    if num_draws > 1 and not spreads:
+        raise ValueError(
+            f"`num_draws` must be 1 for a guide without spread, got {num_draws}: its draws would all be the same network. "
+            "Pass `num_draws=1`, or a guide with spread, such as `guides.normal`."
+        )
     drawing: dict[str, Any] = {
         "model": model,
         "likelihood": likelihood,
-        "draw": lambda state, key: draw(state, key, family),
-        "centre": lambda state: centre(state, family),
+        "draw": lambda state, key: draw(state, key, chosen),
+        "centre": lambda state: centre(state, chosen),
         "num_draws": num_draws,
     }
     return Method(
-        lambda key, start=None: init(key, start, model, optimizer, family, initial_scale),
-        lambda state, batch, key: update(
-            state, batch, key, model, likelihood, optimizer, family, num_data, temperature
-        ),
+        lambda key, start=None: init(key, start, model, optimizer, chosen),
+        lambda state, batch, key: update(state, batch, key, model, likelihood, optimizer, chosen, num_data, share),
         lambda state, inputs, key: predict_draws(state, inputs, key, **drawing),
-        draw=drawing["draw"],
+        draw=drawing["draw"] if spreads else None,
     )

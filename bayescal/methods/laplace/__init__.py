@@ -6,12 +6,11 @@ from bayescal.methods.laplace.method import LaplaceState, laplace
 from bayescal.methods.laplace.predictives import Posterior, bridge, monte_carlo, normal, probit, sampled
 from bayescal.methods.laplace.structures import Structure, diagonal, full, low_rank
 from bayescal.methods.laplace.training import marginal_likelihood_training
-from bayescal.methods.laplace.view import Selection, empirical_fisher, ggn, last_layer, subnetwork
+from bayescal.methods.laplace.view import empirical_fisher, ggn
 
 __all__ = [
     "LaplaceState",
     "Posterior",
-    "Selection",
     "Structure",
     "bridge",
     "diagonal",
@@ -21,7 +20,6 @@ __all__ = [
     "ggn",
     "kronecker",
     "laplace",
-    "last_layer",
     "low_rank",
     "marginal_likelihood_training",
     "monte_carlo",
@@ -29,5 +27,4 @@ __all__ = [
     "probit",
     "sampled",
     "select_prior_precision",
-    "subnetwork",
 ]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from bayescal.liveness import tree_bytes
 from bayescal.memory import CACHE
+from bayescal.methods.draws import reached
 from bayescal.methods.laplace.structures import Eigen, Structure, eigen, in_groups
-from bayescal.methods.laplace.view import View, layers, of_leaves, reached
+from bayescal.methods.laplace.view import View, layers, of_leaves
 from bayescal.predictive import float32_or_wider
 from bayescal.types import Batch, Key, PyTree
 
@@ -193,7 +194,7 @@ def _names(view: View, own) -> dict[str, str]:
     path = view.selection.path
     if path is None:
         raise ValueError(
-            "`subset` must be whole layers for `kronecker()`, got single weights. Use `full()` or `diagonal()` for those."
+            "`subset` must be whole layers for `kronecker()`, got a part of them. Use `full()` or `diagonal()` for those."
         )
     return {name: "/".join([*map(str, path), *([name] if name else [])]) for name in own}
 

@@ -10,17 +10,9 @@ from jax.core import Tracer
 
 from bayescal.methods.laplace.predictives import Posterior, Predict, normal, probit
 from bayescal.methods.laplace.structures import Eigen, Structure, count
-from bayescal.methods.laplace.view import (
-    Selection,
-    View,
-    everything,
-    ggn,
-    layers,
-    noise_scales,
-    of_leaves,
-    subtree,
-)
+from bayescal.methods.laplace.view import View, ggn, layers, noise_scales, of_leaves
 from bayescal.methods.map_estimate import check_positive, one_member, start_variables, weighted_mean
+from bayescal.methods.selection import Selection, selected
 from bayescal.predictive import Gaussian
 from bayescal.types import Batch, Key, Method, Model, PyTree, Variables
 
@@ -187,7 +179,7 @@ def laplace(
         prior_precision: inverse variance of the normal prior on every parameter, mean 0, above 0; or one number a layer
             (a layer: the leaves under the same keys), in the parameters' order.
         subset: which parameters have a posterior: keys that lead to them, such as `last_layer(model)`;
-            `subnetwork(number)`; None = all.
+            `subnetwork(number)`, `subtrees(*paths)` or `without_biases()`, which `kronecker()` refuses; None = all.
         curvature: `ggn` or `empirical_fisher`.
         predictive: `probit`, `bridge`, `monte_carlo(n)`, `normal` or `sampled(n)`; None = `normal` for normal noise,
             else `probit`.
@@ -208,8 +200,7 @@ def laplace(
             f"`prior_precision` must be positive, got {prior_precision!r}: the data alone do not determine all directions, "
             "and those have no variance. Pass the precision that was trained with, or tune it: `fit_prior_precision`."
         )
-    selection = everything() if subset is None else subset if isinstance(subset, Selection) else subtree(subset)
-    settings = _Settings(model, likelihood, structure, curvature, selection, num_data, temperature)
+    settings = _Settings(model, likelihood, structure, curvature, selected(subset), num_data, temperature)
 
     def predict(state, inputs, key):
         posterior = settings.posterior(state)

@@ -6,99 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
+from bayescal.methods.draws import depends
 from bayescal.methods.map_estimate import one_member
+from bayescal.methods.selection import Selection, path_names
 from bayescal.predictive import Bernoulli, Categorical, Gaussian
 from bayescal.types import Array, Model, PyTree, Variables
-
-
-class Selection(NamedTuple):
-    """Which parameters a posterior is of; the others stay at the mode.
-
-    find: `params -> places`, arrays that stand in the state: what of a choice depends on the trained network.
-    take: `(params, places) -> chosen`, a pytree.
-    put: `(params, places, chosen) -> params`.
-    path: the keys under which all that is chosen lies whole; None for single weights.
-    """
-
-    find: Callable[[PyTree], PyTree]
-    take: Callable[[PyTree, PyTree], PyTree]
-    put: Callable[[PyTree, PyTree, PyTree], PyTree]
-    path: tuple | None
-
-
-def everything() -> Selection:
-    """All parameters."""
-    return Selection(lambda params: (), lambda params, places: params, lambda params, places, chosen: chosen, ())
-
-
-def subtree(path: tuple) -> Selection:
-    """The parameters under these keys, such as `last_layer(model)`."""
-
-    def take(params, places):
-        for depth, key in enumerate(path):
-            if not isinstance(params, dict) or key not in params:
-                has = sorted(map(str, params)) if isinstance(params, dict) else "an array"
-                raise ValueError(
-                    f"`subset` must be keys that lead to parameters, got {path!r}, where {path[:depth]!r} has {has}. "
-                    "Pass one of them, or None for all parameters."
-                )
-            params = params[key]
-        return params
-
-    def put(params, places, chosen, path=path):
-        if not path:
-            return chosen
-        return {**params, path[0]: put(params[path[0]], places, chosen, path[1:])}
-
-    return Selection(lambda params: (), take, put, tuple(path))
-
-
-def subnetwork(number: int, score: Callable[[PyTree], PyTree] | None = None) -> Selection:
-    """The `number` single weights of the highest score, wherever they are: chosen when training begins.
-
-    Args:
-        number: of weights.
-        score: `params -> pytree` of the same shapes, higher = chosen first, such as the marginal variances of a
-            diagonal posterior, `lambda params: variances`; None = the magnitude.
-
-    Raises:
-        ValueError: for fewer than one weight, or more than there are.
-    Source: Daxberger et al. 2021 (subnetwork inference): largest variances; largest magnitude as in laplace-torch.
-    """
-    if not isinstance(number, int) or number < 1:
-        raise ValueError(f"`number` must be a whole number of at least 1, got {number!r}. It counts single weights.")
-
-    def find(params):
-        scores = ravel_pytree(jax.tree.map(jnp.abs, params) if score is None else score(params))[0]
-        if number > scores.size:
-            raise ValueError(
-                f"`number` must be at most the {scores.size} weights of the network, got {number}. Take fewer."
-            )
-        return jnp.sort(jax.lax.top_k(scores, number)[1])
-
-    take = lambda params, places: {"weights": ravel_pytree(params)[0][places]}
-
-    def put(params, places, chosen):
-        flat, unravel = ravel_pytree(params)
-        return unravel(flat.at[places].set(chosen["weights"].astype(flat.dtype)))
-
-    return Selection(find, take, put, None)
-
-
-def last_layer(model: Model) -> tuple:
-    """The keys of the network's last layer, for `subset`.
-
-    Raises:
-        ValueError: for a network that names none.
-    """
-    if model.head is None or not model.head_path:
-        raise ValueError(
-            "`model` must name its last layer for a last-layer posterior, got one without a head. Build it with "
-            "`head=`, as in `from_nnx(build, head='head')`, or pass `subset=None` for all parameters."
-        )
-    return model.head_path
 
 
 class View(NamedTuple):
@@ -171,7 +84,7 @@ def ggn(likelihood: Callable) -> Callable[[Any, Array], jax.Array]:
             case Gaussian():
                 mean, variance = pred.mean[0], pred.variance[0]
                 parts = [mean / jnp.sqrt(still(variance))]
-                if _depends(lambda x: likelihood(one_member(x)).variance, outputs):
+                if depends(lambda x: likelihood(one_member(x)).variance, outputs):
                     parts.append(variance / (math.sqrt(2) * still(variance)))
                 return _flat(jnp.concatenate(parts, axis=-1))
         raise TypeError(
@@ -196,8 +109,7 @@ def layers(chosen: PyTree) -> dict[str, list[int]]:
     """Names of the layers, and the places of their leaves among all: leaves under the same keys but for the last."""
     found: dict[str, list[int]] = {}
     for place, (path, _) in enumerate(jax.tree.leaves_with_path(chosen)):
-        keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-        found.setdefault("/".join(keys[:-1]), []).append(place)
+        found.setdefault("/".join(path_names(path)[:-1]), []).append(place)
     return found
 
 
@@ -222,7 +134,7 @@ def noise_scales(likelihood: Callable, curvature: Callable, outputs) -> bool:
     found: list = []
     jax.eval_shape(lambda outputs: found.append(likelihood(one_member(outputs))), outputs)
     normal = isinstance(found[0], Gaussian)
-    return normal and curvature is ggn and not _depends(lambda x: likelihood(one_member(x)).variance, outputs)
+    return normal and curvature is ggn and not depends(lambda x: likelihood(one_member(x)).variance, outputs)
 
 
 def only_member(pred, name: str):
@@ -237,19 +149,3 @@ def only_member(pred, name: str):
             "`sampled(20)`, which take any."
         )
     return pred
-
-
-def reached(jaxpr, variables) -> set:
-    """Everything in the program that `variables` lead to."""
-    found = set(variables)
-    for equation in jaxpr.eqns:
-        if any(v in found for v in equation.invars if not hasattr(v, "val")):
-            found.update(equation.outvars)
-    return found
-
-
-def _depends(function: Callable, x) -> bool:
-    """Whether what `function` gives depends on `x`, judged by the program."""
-    jaxpr = jax.make_jaxpr(function)(x).jaxpr
-    found = reached(jaxpr, jaxpr.invars)
-    return any(v in found for v in jaxpr.outvars if not hasattr(v, "val"))

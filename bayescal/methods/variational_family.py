@@ -1,0 +1,144 @@
+"""The family of posteriors that variational inference looks in: NumPyro's prior and guide, of the weights as one vector."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bayescal.methods.draws import depends, reached
+from bayescal.methods.selection import Selection
+from bayescal.types import Key, Model, PyTree, Variables
+
+
+class Family(NamedTuple):
+    """What is known of the posterior before there is a network; built once.
+
+    prior: NumPyro model of one site, `weights`: a random draw costs a third of a second to compile, so one is better than
+        one a layer.
+    guide: of it, ready for use.
+    start: `weights -> the guide's unconstrained parameters` around them.
+    constraint: of every parameter of the guide.
+    params: shapes of the network's.
+    outside: of its leaves, whether something of them has no posterior.
+    weights: shape of the vector that the posterior is of; unravel: from it to what the selection puts.
+    """
+
+    selection: Selection
+    prior: Callable
+    guide: Any
+    start: Callable[[jax.Array], dict[str, jax.Array]]
+    constraint: dict[str, Any]
+    params: PyTree
+    outside: list[bool]
+    weights: jax.ShapeDtypeStruct
+    unravel: Callable[[jax.Array], PyTree]
+
+    def constrained(self, posterior: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The guide's parameters as NumPyro wants them."""
+        from numpyro.distributions import biject_to
+
+        return {name: biject_to(self.constraint[name])(value) for name, value in posterior.items()}
+
+    def sample(self, posterior: dict[str, jax.Array], key: Key) -> jax.Array:
+        """One vector of weights."""
+        with unvalidated():
+            return self.guide.sample_posterior(key, self.constrained(posterior))["weights"]
+
+    def median(self, posterior: dict[str, jax.Array]) -> jax.Array:
+        """The vector in the middle, which is a normal posterior's mean."""
+        with unvalidated():
+            return self.guide.median(self.constrained(posterior))["weights"]
+
+    def point(self, params: PyTree) -> PyTree:
+        """What of the network has no posterior."""
+        leaves, structure = jax.tree.flatten(params)
+        kept = [leaf if outside else None for leaf, outside in zip(leaves, self.outside, strict=True)]
+        return jax.tree.unflatten(structure, kept) if any(self.outside) else ()
+
+    def network(self, weights: jax.Array, point: PyTree, places: PyTree, stats: PyTree) -> Variables:
+        """The network of these weights, and of what of it has no posterior."""
+        kept = iter(jax.tree.leaves(point))
+        shapes, structure = jax.tree.flatten(self.params)
+        # what is replaced whole is never read
+        leaves = [
+            next(kept) if outside else jnp.zeros(x.shape, x.dtype)
+            for outside, x in zip(self.outside, shapes, strict=True)
+        ]
+        params = self.selection.put(jax.tree.unflatten(structure, leaves), places, self.unravel(weights))
+        return Variables(params, stats)
+
+    def spreads(self) -> bool:
+        """Whether a draw depends on its key, judged by the program."""
+
+        def drawn(key):
+            shapes = jax.eval_shape(self.start, self.weights)
+            return self.sample(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), key)
+
+        return depends(drawn, jax.eval_shape(jax.random.key, 0))
+
+
+def unvalidated():
+    """Without NumPyro's checks of values: they fail under `shard_map`, and NaN must come through, not raise here or there."""
+    from numpyro import validation_enabled
+
+    return validation_enabled(False)
+
+
+def family(model: Model, selection: Selection, prior, guide, initial_scale) -> Family:
+    """Prior and guide of the chosen weights; looks at shapes alone."""
+    import numpyro  # heavy: only those who use it pay for it
+    from numpyro.distributions import biject_to, constraints
+    from numpyro.handlers import seed, trace
+    from numpyro.infer import init_to_uniform, init_to_value
+
+    key = jax.eval_shape(jax.random.key, 0)
+    params = jax.eval_shape(model.init, key).params
+    places = jax.eval_shape(selection.find, params)
+    chosen = jax.eval_shape(selection.take, params, places)
+    unravel: list = []
+
+    def flat(chosen):
+        vector, function = ravel_pytree(chosen)
+        unravel.append(function)
+        return vector
+
+    weights = jax.eval_shape(flat, chosen)
+    size = weights.size
+    distribution = prior(chosen)
+    if distribution.batch_shape or distribution.event_shape != (size,):
+        raise ValueError(
+            f"`prior` must give a distribution with event shape ({size},), one vector of all weights, got batch shape "
+            f"{distribution.batch_shape} and event shape {distribution.event_shape}. Use `.expand(({size},)).to_event(1)`."
+        )
+    joint = lambda: numpyro.sample("weights", distribution)
+    settings = {"init_scale": initial_scale}
+    constraint: dict[str, Any] = {}
+
+    def parameters(guide, key):
+        with unvalidated():
+            sites = trace(seed(guide, key)).get_trace().values()
+        found = {site["name"]: site for site in sites if site["type"] == "param"}
+        constraint.update({name: site["kwargs"].get("constraint", constraints.real) for name, site in found.items()})
+        return {name: biject_to(constraint[name]).inv(site["value"]) for name, site in found.items()}
+
+    # The guide inspects the prior at its first call: abstractly at once, eagerly in seconds. The values that this one finds
+    # are never used; those of `start` come from the network's own weights.
+    ready = guide(joint, init_loc_fn=init_to_uniform, **settings)
+    jax.eval_shape(lambda key: parameters(ready, key), key)
+
+    @jax.jit
+    def start(weights):
+        fresh = guide(joint, init_loc_fn=init_to_value(values={"weights": weights}), **settings)
+        return parameters(fresh, jax.random.key(0))
+
+    outside = _read(selection.put, params, places, chosen)
+    return Family(selection, joint, ready, start, constraint, params, outside, weights, unravel[0])
+
+
+def _read(put: Callable, params, places, chosen) -> list[bool]:
+    """Of every leaf of the params, whether `put` keeps anything of it, judged by the program."""
+    jaxpr = jax.make_jaxpr(put)(params, places, chosen).jaxpr
+    out = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    return [bool(reached(jaxpr, [v]) & out) for v in jaxpr.invars[: len(jax.tree.leaves(params))]]
