@@ -7,12 +7,11 @@ mode with the same weights. Ours draws one mask a draw; PyTorch's dropout one a 
 draw (of each batch) in the forms that say so. Wall clock, all cores. `pip install bayescal[bench]` is all peers.
 """
 
-import importlib
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +19,13 @@ import jax
 import numpy as np
 import optax
 from bench import entry, installed, interleaved, publish
+from bench_prediction_torch import Form, lenet, perceptron, runs, torch_form
 
 import bayescal as bc
 from bayescal.config import command_line
 
 PEERS = ("torch",)
 DROPOUT = 0.5
-
-
-def library(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 @dataclass(frozen=True)
@@ -86,125 +82,28 @@ def logits_of(case: Case, key) -> jax.Array:
     return pred.logits
 
 
-def torch_network(torch, name: str, params: dict, draw_masks: bool = False) -> tuple:
-    """The network with our weights, in two parts: what comes before the first dropout, and the rest."""
-    nn = torch.nn
-
-    class DrawDropout(nn.Dropout):
-        """One mask for all rows of a call, where PyTorch's own draws one a row."""
-
-        def forward(self, x):
-            if not self.training:
-                return x
-            return x * (torch.empty(x.shape[-1]).bernoulli_(1 - self.p) / (1 - self.p))
-
-    def dense(own, kernel=None):
-        kernel = own["kernel"] if kernel is None else kernel
-        layer = nn.Linear(*kernel.shape)
-        layer.weight.data, layer.bias.data = torch.tensor(kernel.T.copy()), torch.tensor(own["bias"])
-        return layer
-
-    def convolution(own, padding):
-        kernel = own["kernel"].transpose(3, 2, 0, 1)
-        layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2:], padding=padding)
-        layer.weight.data, layer.bias.data = torch.tensor(kernel.copy()), torch.tensor(own["bias"])
-        return layer
-
-    layers = list(params["dense"].values())
-    if name != "lenet":
-        dropout = [(DrawDropout if draw_masks else nn.Dropout)(DROPOUT)] * (name == "mc_dropout")
-        rest = [*dropout, dense(layers[1]), nn.ReLU(), *dropout, dense(params["head"])]
-        return nn.Sequential(dense(layers[0]), nn.ReLU()), nn.Sequential(*rest)
-    first, second = params["conv"].values()
-    kernel = layers[0]["kernel"]  # of pixels with their channels last; PyTorch's come first
-    kernel = kernel.reshape(5, 5, 16, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
-    pooled = [nn.MaxPool2d(2), nn.ReLU()]
-    body = [convolution(first, 2), *pooled, convolution(second, 0), *pooled, nn.Flatten()]
-    rest = [dense(layers[0], kernel), nn.ReLU(), dense(layers[1]), nn.ReLU(), dense(params["head"])]
-    return nn.Sequential(*body), nn.Sequential(*rest)
-
-
-class Form(NamedTuple):
-    """A way to predict with PyTorch: rows at a time (0 = all), threads, workers that share the rows, and what is reused.
-
-    draw_masks: one mask a draw for all rows, as ours; else one a row.
-    """
-
-    batch: int = 0
-    threads: int = 1
-    workers: int = 1
-    prefix: bool = False
-    channels_last: bool = False
-    draw_masks: bool = False
-
-    def name(self) -> str:
-        words = ["a mask a draw"] * self.draw_masks + ["prefix reused"] * self.prefix
-        words += ["channels last"] * self.channels_last
-        words += [f"batches of {self.batch}"] * (self.batch > 0)
-        count = f"{self.workers} workers" if self.workers > 1 else f"{self.threads} thread{'s' * (self.threads > 1)}"
-        return ", ".join(["torch", *words, count])
-
-
 def forms_of(name: str, config: Config) -> list[Form]:
     """Every combination that may be PyTorch's best."""
-    runs = [(threads, 1) for threads in config.threads] + [(1, workers) for workers in config.threads if workers > 1]
-    ways = {
-        "mc_dropout": [(False, False, False), (True, False, False), (True, False, True)],
-        "lenet": [(False, False, False), (False, True, False)],
-        "mlp": [(False, False, False)],
+    ways: list[dict[str, Any]] = {
+        "mc_dropout": [{}, {"prefix": True}, {"prefix": True, "masks": "draw"}],
+        "lenet": [{}, {"channels_last": True}],
+        "mlp": [{}],
     }[name]
     return [
-        Form(batch, threads, workers, *way)
+        Form(batch, threads, workers, **way)
         for way in ways
         for batch in (0, *config.batches)
-        for threads, workers in runs
+        for threads, workers in runs(config.threads)
     ]
-
-
-def torch_form(name: str, form: Form) -> Callable:
-    """Case -> what predicts; with `mean` dropout is off."""
-
-    def make(case: Case, config: Config) -> Callable:
-        torch = library("torch")
-        layout = {"memory_format": torch.channels_last} if form.channels_last else {}
-        networks = [
-            [part.to(**layout) for part in torch_network(torch, name, own, form.draw_masks)] for own in case.parameters
-        ]
-        rows = torch.tensor(case.inputs)
-        rows = rows.permute(0, 3, 1, 2).contiguous(**layout) if rows.ndim == 4 else rows
-
-        def of(rows, mean):
-            drawn = config.draws if name == "mc_dropout" and not mean else 1
-            outputs = []
-            for before, after in networks:
-                before.train(not mean)
-                after.train(not mean)
-                shared = before(rows) if form.prefix else None
-                outputs += [after(before(rows) if shared is None else shared) for _ in range(drawn)]
-            return torch.stack(outputs)
-
-        @torch.inference_mode()
-        def share(rows, mean=False):
-            torch.set_num_threads(form.threads)
-            return torch.cat([of(part, mean) for part in (rows.split(form.batch) if form.batch else [rows])], 1)
-
-        def predict(mean=False):
-            if form.workers == 1:
-                return share(rows, mean)
-            parts = rows.chunk(form.workers)
-            return torch.cat(list(pool.map(lambda part: share(part, mean), parts)), 1)
-
-        pool = ThreadPoolExecutor(form.workers)
-        return predict
-
-    return make
 
 
 def against_torch(name: str, config: Config, absent: dict[str, str]) -> list[dict]:
     """Ours and every form of PyTorch, and how far the networks without dropout differ."""
     case = case_of(name, config)
-    makers = {form.name(): torch_form(name, form) for form in forms_of(name, config)}
-    peers = installed(makers, absent, case, config)
+    rate = {"rate": DROPOUT} if name == "mc_dropout" else {}
+    network = lenet if name == "lenet" else partial(perceptron, **rate)
+    makers = {form.name(): partial(torch_form, form, network) for form in forms_of(name, config)}
+    peers = installed(makers, absent, case.parameters, case.inputs, config.draws if rate else 1)
     seconds = interleaved({"ours": ours(case), **peers}, config.rounds, time.perf_counter)
     mean = np.asarray(logits_of(case, None))
     label = (

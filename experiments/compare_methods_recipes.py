@@ -1,9 +1,13 @@
 """What `compare_methods.py` compares: how each method is built, how long it trains, and what it starts from."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import optax
+from compare_methods_data import source
+from flax import nnx
 
 import bayescal as bc
 
@@ -25,8 +29,9 @@ class Recipe(NamedTuple):
     tune: Callable[[bc.Method, Any, bc.Dataset, Any], Any] | None = None
 
 
-def network(config, dropout: float = 0.0) -> bc.Model:
-    return bc.models.mlp(64, config.hidden, 8, dropout=dropout)
+def network(config, dropout: float = 0.0, dense: Callable | None = None) -> bc.Model:
+    data = source(config.data)
+    return bc.models.mlp(data.features, config.hidden, data.classes, dropout=dropout, dense=dense)
 
 
 def adamw(config) -> optax.GradientTransformation:
@@ -57,20 +62,81 @@ def mc_dropout(config, num_data: int) -> bc.Method:
     return bc.mc_dropout(model, bc.Categorical, adamw(config), num_draws=config.num_draws)
 
 
-def variational(config, num_data: int) -> bc.Method:
+def concrete_dropout(config, num_data: int) -> bc.Method:
+    def dense(a, b, *, rngs):
+        layer = nnx.Linear(a, b, rngs=rngs)
+        return bc.models.concrete_dropout(layer, rngs=rngs, prior_precision=config.concrete_precision)
+
+    model, optimizer = network(config, dense=dense), optax.adam(config.learning_rate)
+    return bc.mc_dropout(model, bc.Categorical, optimizer, num_data=num_data, num_draws=config.num_draws)
+
+
+def drop_connect(config, num_data: int) -> bc.Method:
+    def dense(a, b, *, rngs):
+        return bc.models.drop_connect(nnx.Linear(a, b, rngs=rngs), rate=config.drop_connect, rngs=rngs)
+
+    model = network(config, dense=dense)
+    return bc.mc_dropout(model, bc.Categorical, adamw(config), num_draws=config.num_draws)
+
+
+def variational(config, num_data: int, optimizer=None, **settings) -> bc.Method:
     return bc.variational(
         network(config),
         bc.Categorical,
-        optax.adam(config.variational_learning_rate),
+        optimizer or optax.adam(config.variational_learning_rate),
         num_data=num_data,
         num_draws=config.num_draws,
         prior=bc.priors.normal(config.prior_scale),
         temperature=config.temperature,
+        **settings,
     )
 
 
 def variational_ensemble(config, num_data: int) -> bc.Method:
     return bc.ensemble(variational(config, num_data), config.variational_members)
+
+
+def variational_last_layer(config, num_data: int) -> bc.Method:
+    point_alone = lambda trained: tuple(
+        jax.tree.map(lambda _, own=own: own, part) for part, own in zip(trained, (False, True))
+    )
+    optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=point_alone)
+    return variational(config, num_data, optimizer, subset=bc.last_layer(network(config)))
+
+
+def variational_low_rank(config, num_data: int) -> bc.Method:
+    return variational(config, num_data, guide=bc.guides.low_rank(config.rank))
+
+
+def _bayes_by_backprop(config, num_data: int, dense: Callable, optimizer) -> bc.Method:
+    return bc.bayes_by_backprop(
+        network(config, dense=dense),
+        bc.Categorical,
+        optimizer,
+        num_data=num_data,
+        num_draws=config.num_draws,
+        temperature=config.temperature,
+    )
+
+
+def local_reparametrisation(config, num_data: int) -> bc.Method:
+    dense = partial(bc.models.variational_dense, prior_scale=config.prior_scale)
+    return _bayes_by_backprop(config, num_data, dense, optax.adam(config.variational_learning_rate))
+
+
+def flipout(config, num_data: int) -> bc.Method:
+    dense = partial(bc.models.variational_dense, prior_scale=config.prior_scale, estimator=bc.models.flipout)
+    return _bayes_by_backprop(config, num_data, dense, optax.adam(config.variational_learning_rate))
+
+
+def rank_one(config, num_data: int) -> bc.Method:
+    settings = {"num_components": config.components, "prior_scale": config.rank_one_prior_scale}
+    dense = partial(bc.models.rank_one_dense, component_scale=config.component_scale, **settings)
+    parts = partial(
+        jax.tree.map_with_path, lambda path, _: "fast" if "components" in jax.tree_util.keystr(path) else "slow"
+    )
+    optimizers = {"slow": adamw(config), "fast": optax.adam(config.learning_rate)}
+    return _bayes_by_backprop(config, num_data, dense, optax.partition(optimizers, parts))
 
 
 def ivon(config, num_data: int) -> bc.Method:
@@ -233,7 +299,14 @@ RECIPES: dict[str, Recipe] = {
     "anchored_ensemble": Recipe(anchored_ensemble, _trained),
     "randomised_prior_ensemble": Recipe(randomised_prior_ensemble, _trained),
     "mc_dropout": Recipe(mc_dropout, _trained),
+    "concrete_dropout": Recipe(concrete_dropout, _trained),
+    "drop_connect": Recipe(drop_connect, _trained),
     "variational": Recipe(variational, _varied),
+    "variational_last_layer": Recipe(variational_last_layer, _trained),
+    "variational_low_rank": Recipe(variational_low_rank, _varied),
+    "local_reparametrisation": Recipe(local_reparametrisation, _varied),
+    "flipout": Recipe(flipout, _varied),
+    "rank_one": Recipe(rank_one, _varied),
     "variational_ensemble": Recipe(variational_ensemble, _varied),
     "ivon": Recipe(ivon, _varied),
     "marginal_likelihood": Recipe(marginal_likelihood, _trained),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from compare_methods_data import SEVERITIES, SHIFTS, source
 
 import bayescal as bc
 from bayescal import plots
@@ -15,7 +16,6 @@ from bayescal.report import Picture, Section, Table, figure_png, short, write_re
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SHIFTS = ("noise", "rotation", "contrast")  # of `bc.data.DIGITS`
 COLUMNS = {
     "accuracy": ("test", "accuracy"),
     "NLL (nats)": ("test", "nll"),
@@ -57,7 +57,8 @@ def print_table(result) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    table = RichTable(title="test images and unseen digits", title_justify="left")
+    about = source(result["config"]["data"])
+    table = RichTable(title=f"test images and {about.label} digits", title_justify="left")
     table.add_column("method", no_wrap=True)
     main = main_table(result)
     for column in main.columns[1:]:
@@ -67,13 +68,14 @@ def print_table(result) -> None:
     Console(width=130).print(table)
 
 
-def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
+def write(folder: Path, config, result, sets, outcomes) -> None:
     """Figures as png, and report.html with the same figures inside."""
+    about = sets.about
     drawn = dict(list(outcomes.items())[: len(plots.COLOURS)])
     figures = {
         "reliability": figure_reliability(sets, drawn),
         "shift": figure_shift({name: result["methods"][name] for name in drawn}),
-        "uncertainty": figure_uncertainty(drawn),
+        "uncertainty": figure_uncertainty(sets, drawn),
         "rejection": figure_rejection(sets, drawn),
     }
     if "deep_ensemble" in outcomes:
@@ -89,9 +91,8 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
         for name, x in {"training": sets.train.targets, "validation": sets.validation.targets}.items()
     )
     lead = (
-        f"{len(outcomes)} methods on scikit-learn's digits: classes 0 to 7 are learnt ({sizes} and "
-        f"{len(sets.asked['test'][1])} test images), {len(sets.asked['ood'][1])} images of 8 and 9 are never seen in "
-        f"training. {seeds[0].upper() + seeds[1:]}, starting at {config.seed}."
+        f"{len(outcomes)} methods on {about.learnt} ({sizes} and {len(sets.asked['test'][1])} test images), "
+        f"{len(sets.asked['ood'][1])} {about.strangers}. {seeds[0].upper() + seeds[1:]}, starting at {config.seed}."
         + (f" Figures show the first {len(drawn)} methods, tables all." if len(drawn) < len(outcomes) else "")
     )
     first = "" if config.seeds == 1 else f" Drawn from the first of the {config.seeds} seeds."
@@ -99,7 +100,7 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
         Section(
             "Methods and metrics",
             "".join(f"{line}.\n" for line in result["diverged"]) + "Small figures: 95 % intervals. "
-            "AUROC separates unseen digits (positive) from test images.",
+            f"AUROC separates {about.label} digits (positive) from test images.",
             [main_table(result)],
         ),
         *([Section("Paired differences", "", [comparison_table(result)])] if result["comparisons"] else []),
@@ -110,7 +111,12 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
             f"images. Above the diagonal = under-confident.{first}",
             [pictures["reliability"]],
         ),
-        Section("Under shift", "Test images under noise, rotation and contrast, five severities.", [pictures["shift"]]),
+        Section(
+            "Under shift",
+            f"{len(sets.asked[SHIFTS[0], 5][1])} test images under {', '.join(SHIFTS[:-1])} and {SHIFTS[-1]}, five severities; "
+            "severity 0 is all test images.",
+            [pictures["shift"]],
+        ),
         Section(
             "What the uncertainty is made of",
             "Quartiles over images, outliers left out. Epistemic uncertainty should rise on what training never "
@@ -122,8 +128,8 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
         sections.append(
             Section(
                 "What the deep ensemble is unsure about",
-                "Test and unseen images with the largest aleatoric, then epistemic, uncertainty (nats). Below each: the "
-                f"class probabilities of every member, one row each.{first}",
+                f"Test and {about.label} images with the largest aleatoric, then epistemic, uncertainty (nats). Below each: "
+                f"the class probabilities of every member, one row each.{first}",
                 [pictures["aleatoric"], pictures["epistemic"]],
             )
         )
@@ -133,13 +139,13 @@ def write(folder: Path, config, result, sets, outcomes, conventions) -> None:
         Section(
             "Rejecting the unsure",
             "Accuracy of what is kept when the images of largest total uncertainty are rejected. Right: test and "
-            f"unseen images together, where every answer on an unseen digit is wrong.{first}",
+            f"{about.label} images together, where every answer on {about.outside} is wrong.{first}",
             [pictures["rejection"]],
         ),
-        Section("Conventions", "\n".join(f"{k}: {v}" for k, v in conventions.items())),
+        Section("Conventions", "\n".join(f"{k}: {v}" for k, v in result["conventions"].items())),
         Section("What was run", "\n".join(result["resumed"]), [settings, versions]),
     ]
-    write_report(folder / "report.html", "Uncertainty methods on digits with two unseen classes", lead, sections)
+    write_report(folder / "report.html", about.title, lead, sections)
     plt.close("all")
 
 
@@ -161,7 +167,8 @@ def decomposition_table(result) -> Table:
         for name, figures in result["methods"].items()
         for part in ("total", "aleatoric", "epistemic")
     ]
-    return Table(["method", "part (nats)", *("unseen" if s == "ood" else s.replace("_", " ") for s in sets)], rows)
+    outside = source(result["config"]["data"]).label
+    return Table(["method", "part (nats)", *(outside if s == "ood" else s.replace("_", " ") for s in sets)], rows)
 
 
 def figure_reliability(sets, outcomes):
@@ -196,7 +203,7 @@ def figure_shift(methods):
     return figure
 
 
-def figure_uncertainty(outcomes):
+def figure_uncertainty(sets, outcomes):
     figure, axes = plt.subplots(
         1, len(outcomes), figsize=(2.5 * len(outcomes), 3.4), squeeze=False, sharey=True, layout="constrained"
     )
@@ -205,7 +212,7 @@ def figure_uncertainty(outcomes):
         parts = {
             "test": outcome.parts["test"],
             "shift 5": bc.Uncertainty(*(np.concatenate(x) for x in zip(*shift, strict=True))),
-            "unseen": outcome.parts["ood"],
+            sets.about.label: outcome.parts["ood"],
         }
         split = {k: {p: getattr(v, p) for p in ("total", "aleatoric", "epistemic")} for k, v in parts.items()}
         plots.uncertainty_parts(one, split, title=name)
@@ -219,7 +226,7 @@ def figure_rejection(sets, outcomes):
     correct = lambda pred, targets: pred.logits[0].argmax(-1) == targets
     shifted, mixed = {}, {}
     for name, outcome in outcomes.items():
-        names = [(kind, s) for kind in SHIFTS for s in range(1, 6)]
+        names = [(kind, s) for kind in SHIFTS for s in SEVERITIES]
         right = np.concatenate([correct(outcome.pooled[s], sets.asked[s][1]) for s in names])
         shifted[name] = accuracy_rejection(np.concatenate([outcome.parts[s].total for s in names]), right)
         right = np.r_[correct(outcome.pooled["test"], sets.asked["test"][1]), np.zeros(len(sets.asked["ood"][1]), bool)]
@@ -228,7 +235,7 @@ def figure_rejection(sets, outcomes):
     plots.curves(
         axes[0], shifted, title="all shifted test images", xlabel="share rejected", ylabel="accuracy of the rest"
     )
-    plots.curves(axes[1], mixed, title="test and unseen images", xlabel="share rejected")
+    plots.curves(axes[1], mixed, title=f"test and {sets.about.label} images", xlabel="share rejected")
     axes[0].legend(fontsize=8)
     return figure
 
@@ -240,8 +247,9 @@ def figure_images(sets, outcome, part: str, number_shown: int = 12):
     labels = np.concatenate([sets.asked[s][1] for s in ("test", "ood")])[worst]
     both = bc.concatenate([outcome.preds["test"], outcome.preds["ood"]])
     axes = plots.members(bc.take(both, worst), pictures)
-    for one, label, value in zip(axes[0], labels, values[worst], strict=True):
-        one.set_title(f"{'unseen ' if label > 7 else ''}{label}\n{value:.2f}", fontsize=8)
+    outside = worst >= len(sets.asked["test"][1])
+    for one, label, stranger, value in zip(axes[0], labels, outside, values[worst], strict=True):
+        one.set_title(f"{f'{sets.about.label} ' if stranger else ''}{label}\n{value:.2f}", fontsize=8)
     figure = axes[0, 0].figure
     figure.suptitle(f"largest {part} uncertainty", fontsize=10)
     return figure

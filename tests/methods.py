@@ -3,11 +3,14 @@
 Kept short, since a check compiles for ten seconds: `map_estimate` is there with each kind of network once.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import bayescal as bc
 
@@ -115,7 +118,31 @@ def cases():
             m,
             blobs(),
         ),
+        **layered(net, adam),
         **posteriors(net, adam),
+    }
+
+
+def layered(net, adam):
+    """Networks that are random by their own layers, and the guides that draw all weights as one vector."""
+
+    def wrapped(wrap, **settings):
+        return lambda a, b, *, rngs: wrap(nnx.Linear(a, b, rngs=rngs), rngs=rngs, **settings)
+
+    data = {"num_data": ROWS}
+    of = lambda build, **settings: lambda: (build(m := net(**settings)), m, blobs())
+    dropped = lambda m, **own: bc.mc_dropout(m, bc.Categorical, adam, num_draws=3, **own)
+    layers = lambda m, draws=3: bc.bayes_by_backprop(m, bc.Categorical, adam, num_draws=draws, **data)
+    guided = lambda m, guide: bc.variational(m, bc.Categorical, adam, num_draws=3, guide=guide, **data)
+    two = partial(bc.models.rank_one_dense, num_components=2)
+    return {
+        "concrete_dropout": of(lambda m: dropped(m, **data), dense=wrapped(bc.models.concrete_dropout)),
+        "drop_connect": of(dropped, dense=wrapped(bc.models.drop_connect, rate=0.2)),
+        "bayes_by_backprop": of(layers, dense=bc.models.variational_dense),
+        "flipout": of(layers, dense=partial(bc.models.variational_dense, estimator=bc.models.flipout)),
+        "rank_one": of(lambda m: layers(m, 4), dense=two),
+        "variational_low_rank": of(lambda m: guided(m, bc.guides.low_rank(2))),
+        "variational_full": of(lambda m: guided(m, bc.guides.full)),
     }
 
 
@@ -167,5 +194,7 @@ def posteriors(net, adam):
 
 
 FULL_BATCH = ("nuts", "mclmc")  # see all rows at every update
-ENSEMBLED = ("tethered", "variational", *(name for name in posteriors(None, None)))  # as an ensemble of three
-SLOW = tuple(name for name in posteriors(None, None) if name not in ("laplace", "swag", "sgld", "nuts", "ivon"))
+NEW = (*layered(None, None), *posteriors(None, None))
+ENSEMBLED = ("tethered", "variational", *NEW)  # as an ensemble of three
+FAST = ("bayes_by_backprop", "rank_one", "laplace", "swag", "sgld", "nuts", "ivon")
+SLOW = tuple(name for name in NEW if name not in FAST)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import REPOSITORY
 
 from bayescal.config import load_config
 
-study = importlib.import_module("bench_prediction")
+study, peers = importlib.import_module("bench_prediction"), importlib.import_module("bench_prediction_torch")
 FIELDS = {"case", "peer", "phase", "ratio", "ours_seconds", "peer_seconds", "rounds", "device", "difference"}
 
 
@@ -40,7 +41,7 @@ def test_smoke_does_without_torch(tmp_path, monkeypatch, capsys):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(study, "library", missing)
+    monkeypatch.setattr(peers, "library", missing)
     assert study.main(smoke(), tmp_path) == []
     absent = json.loads((tmp_path / "absent.json").read_text())
     assert absent["torch, 1 thread"] == "No module named 'torch'" and "torch, prefix reused, 1 thread" in absent
@@ -67,16 +68,20 @@ def test_forms():
 def test_torch_drops_by_row_and_draw():
     """Every form has its own masks: draws and equal rows differ, and on average they are the network that ours is."""
     pytest.importorskip("torch")
+    Form = peers.Form
     config = study.Config(rows=64, draws=200, batches=(16,))
     case = study.case_of("mc_dropout", config)
     case.inputs[:] = case.inputs[0]
     ours = np.asarray(study.ours(case)())
     assert ours.shape == (200, 64, 10) and np.ptp(ours, axis=1).max() == 0
-    for form in (study.Form(), study.Form(16, prefix=True, workers=2), study.Form(prefix=True, draw_masks=True)):
-        theirs = study.torch_form("mc_dropout", form)(case, config)().numpy()
+    forms = [Form(), Form(16, prefix=True, workers=2), Form(prefix=True, masks="row, 16 bits")]
+    forms += [Form(prefix=True, masks=f"draw{how}") for how in ("", ", in the weights", ", kept units")]
+    for form in forms:
+        network, one_a_draw = partial(peers.perceptron, rate=study.DROPOUT), form.masks.startswith("draw")
+        theirs = peers.torch_form(form, network, case.parameters, case.inputs, 200)().numpy()
         assert theirs.shape == (200, 64, 10)
         assert (np.ptp(theirs, axis=0) > 0).all()
-        assert ((np.ptp(theirs, axis=1) > 0) != form.draw_masks).all()
-        error = ours[:, 0].std(0) * np.sqrt((1 + form.draw_masks) / 200)
+        assert ((np.ptp(theirs, axis=1) > 1e-5) != one_a_draw).all()
+        error = ours[:, 0].std(0) * np.sqrt((1 + one_a_draw) / 200)
         assert (np.abs(ours[:, 0].mean(0) - theirs.mean((0, 1))) < 5 * error).all()
         np.testing.assert_allclose(theirs.std((0, 1)), ours[:, 0].std(0), rtol=0.25)

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,11 +81,22 @@ def test_what_a_run_leaves(smoke):
     assert "max_rows: 120" in (smoke / "config.yaml").read_text()
 
 
-def test_a_killed_run_goes_on_to_the_same_figures_and_says_so(tmp_path, monkeypatch):
+def stored(data):
+    """The name of a data set whose files are there."""
+    folder = Path(os.environ.get("BAYESCAL_DATA", "../shared/data"))
+    files = [folder / part for part in ("fashion_mnist/train-images-idx3-ubyte.gz", "mnist/t10k-images-idx3-ubyte.gz")]
+    if data == "fashion" and not all(path.exists() for path in files):
+        pytest.skip(f"{folder} lacks images; set BAYESCAL_DATA to the folder of the shared data")
+    return data
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion"])
+def test_a_killed_run_goes_on_to_the_same_figures_and_says_so(data, tmp_path, monkeypatch):
     """The run dies after its training, which gave the bits that another run gave; the same command goes on from there to
     figures that are the same to the last digit, and the folder shows it."""
     module = importlib.import_module("compare_methods")
-    words = ["methods=deep_ensemble", "num_members=2", "max_rows=70", "epochs=2", "checkpoint_every=1"]
+    words = [f"data={stored(data)}", "methods=deep_ensemble", "num_members=2", "max_rows=70", "epochs=2"]
+    words += ["checkpoint_every=1"]
     config = load_config(module.Config, REPOSITORY / "configs" / "compare_methods" / "smoke.yaml", words)
     module.main(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -106,6 +119,53 @@ def test_a_killed_run_goes_on_to_the_same_figures_and_says_so(tmp_path, monkeypa
         for figures in result["methods"].values():
             del figures["seconds"]
     assert whole == killed
+    page = (tmp_path / "killed" / "report.html").read_text()
+    unseen = ["unseen digits", "images of 8 and 9", "classes 0 to 7"]
+    mnist = ["MNIST digits", "images of MNIST are out of distribution", "all ten classes"]
+    own, other = (unseen, mnist) if data == "digits" else (mnist, unseen)
+    assert all(word in page for word in own) and not any(word in page for word in other)
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion"])
+def test_data_of_the_comparison(data):
+    """Shapes are what networks are built for; every class is learnt; another seed draws other rows; shifts keep the label."""
+    module = importlib.import_module("compare_methods_data")
+    about, sets = module.DATA[stored(data)], module.load_sets(data, 0)
+    for inputs, targets in (sets.train[:2], *sets.asked.values()):
+        assert len(inputs) == len(targets) and inputs[0].size == about.features and inputs.dtype == np.float32
+    for name, (_, targets) in sets.asked.items():
+        assert name == "ood" or set(targets) == set(range(about.classes)), name
+    for kind in module.SHIFTS:
+        _, targets = sets.asked[kind, 1]
+        np.testing.assert_array_equal(targets, sets.asked["test"][1][: about.shifted])
+        change = [np.abs(sets.asked[kind, s][0] - sets.asked["test"][0][: about.shifted]).mean() for s in (1, 3, 5)]
+        assert 0 < change[0] < change[1] < change[2], kind
+    other = module.load_sets(data, 1, max_rows=50)
+    assert not np.array_equal(other.train.inputs, sets.train.inputs[:50])
+    assert {len(inputs) for inputs, _ in other.asked.values()} == {50}
+
+
+def test_rows_of_fashion():
+    """Numbers of rows, as many of each class; none is both learnt and used to validate."""
+    module = importlib.import_module("compare_methods_data")
+    sets = module.load_sets(stored("fashion"), 0)
+    assert {name: len(targets) for name, (_, targets) in sets.asked.items()} == {
+        **{"validation": 5_000, "test": 10_000, "ood": 5_000},
+        **{(kind, severity): 2_000 for kind in module.SHIFTS for severity in module.SEVERITIES},
+    }
+    assert (np.bincount(sets.train.targets) == 1_000).all() and (np.bincount(sets.validation.targets) == 500).all()
+    seen = {image.tobytes() for image in sets.train.inputs}
+    twice = sum(image.tobytes() in seen for image in sets.validation.inputs)
+    assert len(seen) > 9_990 and twice < 5  # the files themselves hold a few images twice
+
+
+def test_unknown_data_and_absent_files(tmp_path, monkeypatch):
+    module = importlib.import_module("compare_methods")
+    with pytest.raises(ValueError, match=r"`data` must be one of digits, fashion, got 'fashon'. Check the spelling"):
+        module.main(module.Config(data="fashon"), tmp_path)
+    monkeypatch.setenv("BAYESCAL_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"fashion_mnist/train-images-idx3-ubyte.gz, which is not there"):
+        module.main(module.Config(data="fashion"), tmp_path)
 
 
 def test_unknown_method(tmp_path):
@@ -154,3 +214,12 @@ def test_over_seeds_joins_equal_trees():
     joined = module.over_seeds([{"a": {"b": bc.Estimate(1.0)}, "c": bc.Estimate(0.0)}, {"a": {"b": bc.Estimate(3.0)}}])
     assert joined["a"]["b"].value == 2 and joined["a"]["b"].n == 2
     assert joined["c"].value == 0 and joined["c"].n is None
+
+
+def test_seconds_of_several_seeds_are_medians_of_those_that_have_them():
+    module = importlib.import_module("compare_methods")
+    import bayescal as bc
+
+    seeds = [{"first_call": 9.0, "predict": 1.0}, {"predict": 2.0}, {"predict": 6.0}]
+    own = module.over_seeds([{"seconds": {k: bc.Estimate(v) for k, v in s.items()}} for s in seeds])["seconds"]
+    assert own == {"first_call": bc.Estimate(9.0, n=1), "predict": bc.Estimate(2.0, n=3)}

@@ -96,3 +96,209 @@ def test_side_by_side_the_first_layer_has_no_draws(key):
 
     first_layer = 2 * 64 * 40 * 50
     assert first_layer < operations(4) and operations(8) - operations(4) < 4 * first_layer / 2
+
+
+def units(layer, rate, rngs):
+    """A dropout layer before the layer."""
+    from flax import nnx
+
+    class Dropped(nnx.Module):
+        def __init__(self):
+            self.dropout, self.layer = bc.models.dropout_layer(rate, rngs), layer
+
+        def __call__(self, x):
+            return self.layer(self.dropout(x))
+
+    return Dropped()
+
+
+KINDS = {
+    "units": units,
+    "concrete": lambda layer, rate, rngs: bc.models.concrete_dropout(layer, rate=rate, temperature=1e-3, rngs=rngs),
+    "connect": lambda layer, rate, rngs: bc.models.drop_connect(layer, rate=rate, rngs=rngs),
+}  # of temperature so low that masks are of zeros and ones
+
+
+def one_layer(kind, rate, inputs, outputs, **settings):
+    """A network of one dense layer whose inputs or weights are dropped."""
+    from flax import nnx
+
+    dense = lambda a, b, *, rngs: KINDS[kind](nnx.Linear(a, b, rngs=rngs, **settings), rate, rngs)
+    return bc.models.mlp(inputs, (), outputs, dense=dense)
+
+
+def agreement(masks):
+    """Share of places where two masks agree, for each pair."""
+    bits = masks.reshape(len(masks), -1) > 0.5
+    return [np.mean(a == b) for i, a in enumerate(bits) for b in bits[:i]]
+
+
+@pytest.mark.parametrize("execution", ["map", "vmap"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_members_never_share_masks_in_training(kind, execution, key):
+    """The kernel's gradient for a row of ones is the mask: after each update the change of a kernel tells it.
+
+    Of 400 fair coins two share half, with a standard error of 2.5 %.
+    """
+    from flax import nnx
+
+    model = one_layer(kind, 0.5, 400, 1, kernel_init=nnx.initializers.zeros)
+    method = bc.mc_dropout(
+        model,
+        bc.homoscedastic(1.0),
+        optax.sgd(1.0),
+        num_draws=2,
+        num_data=10**9,  # the penalty counts for nothing
+        loss=lambda outputs, targets: -outputs.sum(-1),
+    )
+    data = bc.Dataset(np.ones((1, 400), np.float32), np.zeros((1, 1), np.float32))
+    kernels, start = [np.zeros((3, 400))], None
+    for epoch in range(2):
+        fitted = bc.fit(
+            bc.ensemble(method, 3),
+            data,
+            jax.random.fold_in(key, epoch),
+            epochs=1,
+            batch_size=1,
+            progress=False,
+            execution=execution,
+            start=start,
+        )
+        start = fitted.state
+        kernels.append(np.asarray(start.members.variables.params["head"]["layer"]["kernel"])[..., 0])
+    masks = np.diff(kernels, axis=0).reshape(6, 400)
+    assert np.mean(np.minimum(abs(masks), abs(masks - 2)) < 1e-3) > 0.98, (
+        "zeros and twos, but for few of the relaxed ones"
+    )
+    assert all(abs(share - 0.5) < 5 * 0.025 for share in agreement(masks))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_members_never_share_masks_in_prediction(kind, key):
+    """Identity kernels and inputs of one: each draw of each member puts out its mask; rows and chunks share it."""
+    model = one_layer(kind, 0.5, 400, 400, kernel_init=lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype))
+    method = bc.ensemble(bc.mc_dropout(model, bc.homoscedastic(1.0), optax.sgd(1.0), num_draws=2, num_data=1), 3)
+    state, ones = state_of(method, key), np.ones((5, 400), np.float32)
+    masks = np.asarray(bc.predict(method, state, ones, key).mean)
+    assert masks.shape == (6, 5, 400) and (masks == masks[:, :1]).all()
+    assert all(abs(share - 0.5) < 5 * 0.025 for share in agreement(masks[:, 0]))
+    np.testing.assert_array_equal(bc.predict(method, state, ones, key, chunk_size=2).mean, masks)
+    other = np.asarray(bc.predict(method, state, ones, jax.random.key(8)).mean)[:, 0]
+    assert all(abs(share - 0.5) < 5 * 0.025 for share in agreement(np.concatenate([masks[:, 0], other])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", ["member", "experiment"])
+def test_a_grid_of_rates(axis, kind, key):
+    """Of a linear network: each rate's own closed form, p / (1 - p) sum w^2 x^2, in one program.
+
+    20,000 draws: the standard error of a variance is at most sqrt((kurtosis - 1) / 20,000) = 2 %, with the kurtosis of a
+    mask of rate 0.1, 8, at most.
+    """
+    rates, x = jnp.array([0.1, 0.3, 0.6]), rows(3, 6)
+
+    def build(own):
+        model = one_layer(kind, own["rate"], 6, 1)
+        return bc.mc_dropout(model, bc.homoscedastic(1.0), optax.sgd(0.1), num_draws=20_000, num_data=10)
+
+    if axis == "member":
+        method = bc.ensemble(build, settings={"rate": rates})
+        state = state_of(method, key)
+        params, means = state.members.variables.params, bc.predict(method, state, x, key).mean.reshape(3, 20_000, 3)
+    else:
+        method = bc.experiments(build, settings={"rate": rates})
+        state = state_of(method, key)
+        params, means = state.variables.params, bc.predict(method, state, x, key).mean[..., 0].swapaxes(0, 1)
+    kernels = np.asarray(params["head"]["layer"]["kernel"])[..., 0]
+    assert np.ptp(kernels, axis=0).min() > 0
+    wanted = [p / (1 - p) * (x**2 @ w**2) for p, w in zip(np.asarray(rates), kernels, strict=True)]
+    np.testing.assert_allclose(np.var(means, axis=1), wanted, rtol=0.1)
+
+
+def test_a_rate_of_zero_in_a_grid_is_the_plain_network(key):
+    """A traced value is not known, and one that is known must not change the program: no error and no variance."""
+    build = lambda own: bc.mc_dropout(one_layer("units", own["rate"], 4, 3), bc.Categorical, SGD, num_draws=4)
+    method = bc.ensemble(build, settings={"rate": jnp.array([0.0, 0.5])})
+    state = state_of(method, key)
+    draws = bc.predict(method, state, rows(5), key).logits.reshape(2, 4, 5, 3)
+    plain = bc.predict(method, state, rows(5), None).logits
+    np.testing.assert_allclose(draws[0], np.broadcast_to(plain[0], (4, 5, 3)), rtol=1e-5, atol=1e-6)
+    assert (draws[1].std(0) > 0).all()
+    lone = build({"rate": jnp.float32(0)})
+    assert jax.tree.structure(state_of(lone, key)) == jax.tree.structure(state.members)
+
+
+def test_a_prediction_does_not_depend_on_its_batch_mates_with_batch_norm(key):
+    """Between layers of each kind, after an update, so that moments differ from those of any batch."""
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([KINDS[kind](nnx.Linear(4, 4, rngs=rngs), 0.4, rngs) for kind in KINDS])
+            self.norms = nnx.List([nnx.BatchNorm(4, momentum=0.5, rngs=rngs) for _ in KINDS])
+
+        def __call__(self, x):
+            for layer, norm in zip(self.layers, self.norms, strict=True):
+                x = nnx.relu(norm(layer(x)))
+            return x
+
+    model = bc.from_nnx(Net)
+    method = bc.mc_dropout(model, bc.Categorical, SGD, num_draws=3, num_data=20)
+    state, x = state_of(method, key), 3 * rows(20) + 1
+    batch = bc.Batch(x, np.zeros(20, np.int32), jnp.ones(20), jnp.arange(20))
+    state, _ = jax.jit(method.update)(state, batch, key)
+    assert all(np.abs(moments["mean"]).max() > 0.1 for moments in state.variables.stats["norms"].values())
+    mates = np.concatenate([x[:2], 50 * x[2:]])
+    apply = jax.jit(model.apply)
+    np.testing.assert_allclose(apply(state.variables, mates, key)[:2], apply(state.variables, x, key)[:2], rtol=1e-5)
+    alone = bc.predict(method, state, x[:2], key).logits
+    np.testing.assert_allclose(bc.predict(method, state, mates, key).logits[:, :2], alone, rtol=1e-5, atol=1e-6)
+
+
+def without(kind):
+    """Networks whose outputs hold nothing random."""
+    import flax.linen as nn
+    from flax import nnx
+
+    class Dead(nnx.Module):
+        def __init__(self, rngs):
+            self.dense, self.dropout = nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            outputs = self.dense(x)
+            self.dropout(x)
+            return outputs
+
+    class DeadLinen(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            nn.Dropout(0.5, deterministic=not train)(x)
+            return nn.Dense(3)(x)
+
+    def pure():
+        apply = lambda variables, inputs, key: inputs @ variables.params
+        return bc.Model(lambda key: bc.Variables(jnp.ones((4, 3))), apply, lambda v, x, k: (apply(v, x, k), (), 0.0))
+
+    example = jnp.ones((1, 4))
+    return {
+        "dead, nnx": lambda: bc.from_nnx(Dead),
+        "dead, linen": lambda: bc.from_linen(DeadLinen(), example, train={"train": True}),
+        "none, linen": lambda: bc.from_linen(nn.Dense(3), example),
+        "none, nnx": lambda: bc.from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs)),
+        "number 0": lambda: bc.models.convnet((2, 2, 1), (2,), 4, 3, dropout=0.0),
+        "plain function": pure,
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["dead, nnx", "dead, linen", "none, linen", "none, nnx", "number 0", "plain function"])
+def test_variance_over_keys_or_an_error(kind, key):
+    method = bc.mc_dropout(without(kind), bc.Categorical, SGD, num_draws=3)
+    state = state_of(method, key)
+    x = rows(5).reshape(5, 2, 2, 1) if kind == "number 0" else rows(5)
+    drawn = "draw random numbers, got one whose outputs do not depend on its key, so that all draws would be the same"
+    sentence = drawn if kind.startswith(("dead", "plain")) else "`key` was given to a network without a random stream"
+    with pytest.raises(ValueError, match=sentence):
+        bc.predict(method, state, x, key)
+    both = bc.ensemble(method, 2)
+    with pytest.raises(ValueError, match=sentence):
+        jax.eval_shape(both.predict, jax.eval_shape(both.init, key, None), x, key)

@@ -74,6 +74,24 @@ def test_mlp_is_the_network_that_flax_makes(hidden, dropout, batch_norm, key):
     jax.tree.map(close, passes(ours), passes(flax))
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_layers_of_flax_in_mlp_are_its_own(batch_norm, key):
+    """`dense=nnx.Linear`: initial values, masks and structure to the bit; outputs and moments but for rounding."""
+    settings = {"dropout": 0.4, "batch_norm": batch_norm}
+    plain, layered = (bc.models.mlp(4, (7, 5), 3, **settings, **more) for more in ({}, {"dense": nnx.Linear}))
+    variables, x = jax.jit(plain.init)(key), rows()
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(layered.init)(key), variables)
+
+    def passes(model):
+        hidden = model.features(variables, x, key)
+        return model.train(variables, x, key), model.apply(variables, x, key), model.apply(variables, x, None), hidden
+
+    ours, flax = (jax.jit(partial(passes, model))() for model in (plain, layered))
+    np.testing.assert_array_equal(ours[-1] == 0, flax[-1] == 0)
+    assert 0 < (ours[-1] == 0).mean() < 1 and layered.head_path == plain.head_path
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), ours, flax)
+
+
 def test_mlp_by_hand():
     """Two rows, one hidden unit, batch norm: 1 and 3 have mean 2 and variance 1, so -1 and 1, so 0 and 1 x scale + bias."""
     model = bc.models.mlp(1, (1,), 1, batch_norm=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -21,15 +21,16 @@ def bayes_by_backprop(
     *,
     num_data: int,
     num_draws: int,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
     annealing: Callable | None = None,
 ) -> Method:
     """Minimises mean nll + temperature * annealing(step) * KL[q || prior] / num_data over the layers' posteriors.
 
     The network is made of `models.variational_dense`, `variational_conv`, `rank_one_dense` and their like, which say how
     their noise is drawn in training and report their KL as the model's penalty. A prediction is a mixture over
-    `num_draws` networks, each of one draw of all weights; `key=None` is the network at the posterior's mean. With
-    temperature 1 and no annealing it is `map_estimate(model, ..., num_data=num_data)` with that prediction.
+    `num_draws` networks, each of one draw of all weights; `key=None` is the network at the posterior's mean, or one member
+    for each of its components (`rank_one_dense`), of which `num_draws` must be a multiple. With temperature 1 and no
+    annealing it is `map_estimate(model, ..., num_data=num_data)` with that prediction.
 
     Args:
         model: a network with variational layers; whatever else it has is trained as a point estimate.
@@ -47,10 +48,16 @@ def bayes_by_backprop(
     Raises:
         ValueError: for settings that are not positive; at the first update for a model without a penalty, at the first
             prediction for one that draws nothing.
+        TypeError: for annealing that is not a function.
     Source: Blundell et al. 2015; scaling as in Graves 2011.
     """
     check_draws(num_draws)
     check_positive(num_data=num_data, temperature=temperature)
+    if annealing is not None and not callable(annealing):
+        raise TypeError(
+            f"`annealing` must be a function of the step, got {type(annealing).__name__}. Pass a schedule, such as "
+            "`optax.linear_schedule(0.0, 1.0, 500)`; a constant share of the KL is a `temperature`."
+        )
 
     def objective(variables, batch, key, step):
         outputs, stats, kl = model.train(variables, batch.inputs, key)

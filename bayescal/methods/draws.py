@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from bayescal.methods.map_estimate import check_whole, one_member
+from bayescal.models.rank_one import num_components, take_component
 from bayescal.sharding import run_members
 from bayescal.types import Key, Model, State, Variables
 
@@ -53,33 +55,56 @@ def predict_passes(state: State, inputs, key: Key | None, *, model: Model, likel
     them, and where they run side by side it has no axis of draws. Random numbers are drawn per pass and unit or weight, not
     per example, so that fewer bits of them would save nothing.
 
+    Of a network with components (`rank_one_dense`) the passes take one after the other, so that each counts alike; its
+    `key=None` is as many members as components, each at its own mean.
+
     Args:
         state: has `variables`.
         inputs: (rows, ...).
         key: of the passes, each of which has one split off it.
         model: the network.
         likelihood: outputs with a leading member axis -> predictive.
-        num_draws: members of the predictive.
+        num_draws: members of the predictive; a multiple of the network's components.
 
     Raises:
-        ValueError: for a network whose outputs do not depend on its key: all passes would be the same.
+        ValueError: for a network whose outputs do not depend on its key: all passes would be the same. For a number of
+            draws that is no multiple of its components.
     """
-    if key is None:
+    number = num_components(state.variables.params)
+    if num_draws % number:
+        raise ValueError(
+            f"`num_draws` must be a multiple of the network's {number} components, got {num_draws}, so that each counts "
+            f"alike. Use {number * -(-num_draws // number)}."
+        )
+
+    def network(variables, component):
+        if component is None:
+            return variables
+        return variables._replace(params=take_component(variables.params, component))
+
+    if key is None and number == 1:
         return likelihood(one_member(model.apply(state.variables, inputs, None)))
+    if key is None:
+        centre = lambda component, variables, inputs: model.apply(network(variables, component), inputs, None)
+        return likelihood(run_members(centre, jnp.arange(number), shared=(state.variables, inputs)))
     if not depends(lambda key: model.apply(state.variables, inputs, key), key):
         raise ValueError(
             "`model` must draw random numbers, got one whose outputs do not depend on its key, so that all draws would be the "
             "same network. Add dropout or variational layers, or use `map_estimate`."
         )
 
-    def draw(draw_key, variables, inputs):
+    def draw(draw_key, component, variables, inputs):
+        variables = network(variables, component)
+
         def one(row):
             outputs = model.apply(variables, jax.tree.map(lambda x: x[None], row), draw_key)
             return jax.tree.map(lambda x: x[0], outputs)
 
         return jax.vmap(one)(inputs)
 
-    return likelihood(run_members(draw, jax.random.split(key, num_draws), shared=(state.variables, inputs)))
+    components = None if number == 1 else jnp.arange(num_draws) % number
+    keys = jax.random.split(key, num_draws)
+    return likelihood(run_members(draw, keys, components, shared=(state.variables, inputs)))
 
 
 def depends(function: Callable, x) -> bool:

@@ -101,7 +101,7 @@ def family(model: Model, selection: Selection, prior, guide, initial_scale) -> F
 
     def flat(chosen):
         vector, function = ravel_pytree(chosen)
-        unravel.append(function)
+        unravel.append(_by_parts(function))
         return vector
 
     weights = jax.eval_shape(flat, chosen)
@@ -135,6 +135,28 @@ def family(model: Model, selection: Selection, prior, guide, initial_scale) -> F
 
     outside = _read(selection.put, params, places, chosen)
     return Family(selection, joint, ready, start, constraint, params, outside, weights, unravel[0])
+
+
+def _by_parts(unravel: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
+    """`unravel`, whose derivative writes the leaves' into one vector in turn.
+
+    Its own concatenates them, in one loop on CPU that asks of every weight which leaf it is of: 0.1 to 10 ms for 200,000.
+    """
+
+    @jax.custom_vjp
+    def parts(vector):
+        return unravel(vector)
+
+    def backward(_, cotangents):
+        leaves, place = jax.tree.leaves(cotangents), 0
+        vector = jnp.zeros(sum(x.size for x in leaves), jnp.result_type(*leaves))
+        for leaf in leaves:
+            vector = jax.lax.dynamic_update_slice(vector, leaf.ravel().astype(vector.dtype), (place,))
+            place += leaf.size
+        return (vector,)
+
+    parts.defvjp(lambda vector: (unravel(vector), None), backward)
+    return parts
 
 
 def _read(put: Callable, params, places, chosen) -> list[bool]:

@@ -10,27 +10,53 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from bayescal.types import Array
+from bayescal.types import Array, Key
 
 Rate = float | Float[Array, ""]
 
 
-def check_dropout(rate: Rate) -> None:
+def check_dropout(rate: Rate, *, name: str = "dropout") -> None:
     """Raises unless `rate` is one number in [0, 1); the value of a traced one cannot be checked."""
     if jnp.shape(rate) != ():
         raise ValueError(
-            f"`dropout` must be one rate, got shape {jnp.shape(rate)}. In `ensemble` each member's builder is given its "
+            f"`{name}` must be one rate, got shape {jnp.shape(rate)}. In `ensemble` each member's builder is given its "
             "own entry of the settings."
         )
-    if not isinstance(rate, Tracer) and not 0 <= rate < 1:
-        raise ValueError(
-            f"`dropout` must be a rate in [0, 1), got {rate!r}. It is the share of units that are dropped."
-        )
+    if not isinstance(rate, Tracer) and not 0 <= float(rate) < 1:  # a comparison of arrays would be traced inside jit
+        raise ValueError(f"`{name}` must be a rate in [0, 1), got {rate!r}. It is the share that is dropped.")
 
 
 def has_dropout(rate: Rate) -> bool:
     """Whether a network of this rate needs dropout layers: not for the number 0, and always for an array."""
-    return isinstance(rate, (jax.Array, np.ndarray)) or rate != 0
+    return bool(_is_array(rate) or rate != 0)
+
+
+def carried(setting: Rate) -> Any:
+    """A number as it is; an array, which may be traced, as a variable of the layer, and so a leaf of `Variables.stats`."""
+    from flax import nnx
+
+    return nnx.Variable(jnp.asarray(setting, jnp.float32)) if _is_array(setting) else float(setting)
+
+
+def value_of(setting: Any) -> Any:
+    """What `carried` was given."""
+    return setting if isinstance(setting, float) else setting[...]
+
+
+def scaled_mask(key: Key, rate: Rate, shape: Sequence[int], dtype) -> jax.Array:
+    """mask / (1 - rate), mask ~ Bernoulli(1 - rate); NaN for a rate outside [0, 1).
+
+    Multiply by it: values replaced where it is 0 would lose those that are not numbers.
+    """
+    keep = 1 - rate
+    mask = jax.random.bernoulli(key, keep, tuple(shape))
+    # a rate out of range must not look like another network, whichever mask it drew
+    keep = jnp.where((keep > 0) & (keep <= 1), keep, jnp.nan).astype(dtype)
+    return jnp.where(mask, 1 / keep, 0 * keep)
+
+
+def _is_array(setting) -> bool:
+    return isinstance(setting, (jax.Array, np.ndarray))
 
 
 def dropout_layer(rate: Rate, rngs, *, broadcast_dims: Sequence[int] = ()):
@@ -48,15 +74,18 @@ def dropout_layer(rate: Rate, rngs, *, broadcast_dims: Sequence[int] = ()):
     of `Variables.stats`: one per member, carried and never differentiated. What counts from then on is the rate in the
     state, so a state given as `start` brings its own.
 
+    The number 0 draws nothing, and Monte-Carlo dropout of such a network is an error. An array's value a traced program
+    cannot know: 0 in a grid of rates is the plain network, all its draws are alike and its epistemic part is 0.
+
     Args:
-        rate: share of units that are dropped, in [0, 1); 0 changes nothing.
+        rate: share of units that are dropped, in [0, 1).
         rngs: `nnx.Rngs` or one of its streams, as `nnx.Dropout` takes them.
         broadcast_dims: axes along which all units share one mask.
 
     Returns:
         Module with `nnx.Dropout`'s attributes and call. It draws the mask that `nnx.Dropout` draws, up to units whose
-        random number lies within a rounding of the rate. A traced rate outside [0, 1) gives NaN, so that `fit`
-        reports the member as diverged.
+        random number lies within a rounding of the rate, but NaN stays NaN where it is dropped. A traced rate outside
+        [0, 1) gives NaN, so that `fit` reports the member as diverged.
 
     Raises:
         ValueError: for a rate outside [0, 1), or more than one.
@@ -64,11 +93,9 @@ def dropout_layer(rate: Rate, rngs, *, broadcast_dims: Sequence[int] = ()):
     """
     from flax import nnx
 
-    check_dropout(rate)
-    if not isinstance(rate, (jax.Array, np.ndarray)):
-        return nnx.Dropout(rate, broadcast_dims=broadcast_dims, rngs=rngs)
-    variable: Any = nnx.Variable(jnp.asarray(rate, jnp.float32))
-    return _variable_dropout()(variable, broadcast_dims=broadcast_dims, rngs=rngs)
+    check_dropout(rate, name="rate")
+    layer = _variable_dropout() if _is_array(rate) else nnx.Dropout
+    return layer(carried(rate), broadcast_dims=broadcast_dims, rngs=rngs)
 
 
 @cache
@@ -89,10 +116,6 @@ def _variable_dropout():
             shape = list(inputs.shape)
             for axis in self.broadcast_dims:
                 shape[axis] = 1
-            keep = 1 - self.rate[...]
-            mask = jax.random.bernoulli(key, keep, shape)
-            # a rate out of range must not look like another network, whichever mask it drew
-            keep = jnp.where((keep > 0) & (keep <= 1), keep, jnp.nan).astype(jnp.result_type(inputs, float))
-            return jnp.where(mask, inputs / keep, 0 * keep)
+            return inputs * scaled_mask(key, self.rate[...], shape, jnp.result_type(inputs, float))
 
     return VariableDropout

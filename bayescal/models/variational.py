@@ -2,14 +2,85 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Float
 
-Estimator = Literal["local", "flipout", "shared"]
+from bayescal.types import Array, Key
+
+Product = Callable[[Array, Array], jax.Array]
+Estimator = Callable[[Key, Array, Array, Array, Product], jax.Array]
+
+
+def local_reparametrisation(
+    key: Key,
+    inputs: Float[Array, "batch ..."],
+    mean: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    product: Product,
+) -> Float[jax.Array, "batch ..."]:
+    """product(x, mean) + noise * sqrt(product(x^2, scale^2)): outputs drawn from the normal that the kernel makes of each.
+
+    As a rule the least variance of the gradient: two products, one random number an output. Rows have kernels of their own.
+    Exact for a dense layer of inputs (batch, features). Where a row uses its kernel at several places (pixels, positions, a
+    layer called twice) every output still has the right mean and variance, but not its covariance with those of other
+    places: what is trained then is the bound of kernels drawn anew at each place.
+
+    Args:
+        key: of the noise.
+        inputs: (batch, ..., features).
+        mean, scale: of the kernel's normal posterior, (..., features, outputs).
+        product: bilinear, `(inputs, kernel) -> (batch, ..., outputs)`; one of non-negative arrays is not negative.
+    Source: Kingma et al. 2015; for convolutions Molchanov et al. 2017 (recalled).
+    """
+    location, variance = product(inputs, mean), product(inputs**2, scale**2)
+    # of inputs that are all zero the root has no slope, and there is no noise either; what is not a number stays
+    noisy = ~(variance <= 0)
+    spread = jnp.sqrt(jnp.where(noisy, variance, 1)) * noisy
+    return location + spread * jax.random.normal(key, location.shape, location.dtype)
+
+
+def flipout(
+    key: Key,
+    inputs: Float[Array, "batch ..."],
+    mean: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    product: Product,
+) -> Float[jax.Array, "batch ..."]:
+    """product(x, mean) + product(x * r, deviation) * s: one drawn kernel, which each row sees under random signs r, s.
+
+    Every row has one kernel from the posterior, for all its places; kernels of two rows are uncorrelated, so that their
+    gradients average out: less variance than under shared noise, unless the rows' gradients cancel each other (balanced
+    classes at the start). Two products, one random number a weight, one sign a row and feature.
+
+    Args:
+        key, inputs, mean, scale, product: as in `local_reparametrisation`.
+    Source: Wen et al. 2018 (recalled).
+    """
+    kernel_key, in_key, out_key = jax.random.split(key, 3)
+    flipped = product(_signed(in_key, inputs), _deviation(kernel_key, mean, scale))
+    return product(inputs, mean) + _signed(out_key, flipped)
+
+
+def shared_noise(
+    key: Key,
+    inputs: Float[Array, "batch ..."],
+    mean: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    product: Product,
+) -> Float[jax.Array, "batch ..."]:
+    """product(x, kernel), kernel ~ Normal(mean, scale^2): one drawn kernel for all rows of the batch.
+
+    One product, one random number a weight, as a rule the most variance of the gradient. What predictions are made of.
+
+    Args:
+        key, inputs, mean, scale, product: as in `local_reparametrisation`.
+    Source: Blundell et al. 2015 (recalled).
+    """
+    return product(inputs, mean + _deviation(key, mean, scale))
 
 
 def variational_dense(
@@ -17,40 +88,38 @@ def variational_dense(
     out_features: int,
     *,
     rngs,
-    estimator: Estimator = "local",
-    prior_scale: float = 1.0,
-    initial_scale: float = 0.01,
+    estimator: Estimator = local_reparametrisation,
+    prior_scale: float | Float[Array, ""] = 1.0,
+    initial_scale: float | Float[Array, ""] = 0.01,
     use_bias: bool = True,
 ):
-    """x @ kernel + bias, q(kernel) = Normal(mean, scale^2) weight by weight: (..., in_features) -> (..., out_features).
+    """x @ kernel + bias with q(kernel) = Normal(mean, scale^2) weight by weight: (..., in_features) -> (..., out_features).
 
     For `from_nnx`, or `dense=` of `models.mlp` and its like; trained by `bayes_by_backprop` (or `map_estimate` with
     `num_data`), since `penalty()` is KL[q || Normal(0, prior_scale^2)] in nats, NumPyro's closed form. With a key the
-    kernel is drawn once for all rows; without one it is the mean. The bias is a point estimate.
-
-    Only in training does the estimator matter, through the variance of the gradient; each is unbiased for the same bound:
-    "local": outputs are drawn, a row its own, from the normal that the kernel's posterior makes of it: the least variance,
-        two products, one random number an output. Of inputs with axes between batch and features it draws at each place
-        on its own, as in a convolution (see `variational_conv`).
-    "flipout": one drawn kernel, whose deviation from the mean each row sees under random signs of its own: two products,
-        one number a weight and one bit a row and feature.
-    "shared": one drawn kernel for all rows of the batch: one product, the most variance.
+    kernel is drawn once for all rows, also where the layer is called twice; without one it is the mean. The bias is a point
+    estimate.
 
     Args:
         in_features, out_features: numbers per row.
         rngs: `nnx.Rngs`.
-        estimator: as above.
-        prior_scale: standard deviation of the prior of every weight.
-        initial_scale: standard deviation of the posterior at the start; its mean starts as that of `nnx.Linear`.
+        estimator: how the noise is drawn in training, which changes the variance of the gradient and, for inputs
+            (batch, in_features), not the bound: `local_reparametrisation`, `flipout`, `shared_noise`, or your own
+            `(key, inputs, mean, scale, product) -> outputs`.
+        prior_scale: standard deviation of the prior of every weight. An array, such as a member's own setting, becomes a
+            leaf of `Variables.stats`.
+        initial_scale: standard deviation of the posterior at the start; its mean starts as that of `nnx.Linear`. What is
+            trained is `log_scale`.
         use_bias: whether there is a bias.
 
     Raises:
-        ValueError: for another word, or scales that are not positive.
-    Source: Blundell et al. 2015; Kingma et al. 2015 (local reparametrisation); Wen et al. 2018 (Flipout).
+        ValueError: for scales that are not one positive number.
+        TypeError: for an estimator that is not a function.
+    Source: Blundell et al. 2015.
     """
     _check(estimator, prior_scale, initial_scale)
-    settings = {"estimator": estimator, "prior_scale": prior_scale, "initial_scale": initial_scale}
-    return _module()((in_features, out_features), jnp.matmul, use_bias, settings, rngs)
+    shape = in_features, out_features
+    return _module()(shape, jnp.matmul, estimator, prior_scale, initial_scale, use_bias, rngs)
 
 
 def variational_conv(
@@ -61,41 +130,42 @@ def variational_conv(
     rngs,
     strides: Sequence[int] | int = 1,
     padding: str | Sequence[tuple[int, int]] = "SAME",
-    estimator: Estimator = "flipout",
-    prior_scale: float = 1.0,
-    initial_scale: float = 0.01,
+    estimator: Estimator = flipout,
+    prior_scale: float | Float[Array, ""] = 1.0,
+    initial_scale: float | Float[Array, ""] = 0.01,
     use_bias: bool = True,
 ):
     """Convolution with q(kernel) = Normal(mean, scale^2): (batch, ..., in_features) -> (batch, ..., out_features).
 
-    As `variational_dense`, with one difference: "local" draws every pixel put out on its own. Each has the right mean and
-    variance, but pixels that share a kernel are correlated and these are not, so that it follows a bound of its own, that
-    of kernels drawn anew at each place. "flipout" and "shared" are unbiased for the bound of one kernel a row.
+    As `variational_dense`. `flipout` and `shared_noise` follow the bound of one kernel a row; `local_reparametrisation` draws
+    every pixel put out on its own, and so follows another.
 
     Args:
         in_features, out_features: channels.
         kernel_size: of the window, a number an axis of the image.
         rngs: `nnx.Rngs`.
-        strides, padding: as of `nnx.Conv`.
+        strides: of the window, one number or one an axis.
+        padding: "SAME", "VALID", or (before, after) of each axis.
         estimator, prior_scale, initial_scale, use_bias: as of `variational_dense`.
 
     Raises:
-        ValueError: for another word, or scales that are not positive.
-    Source: Wen et al. 2018 (Flipout); Molchanov et al. 2017 ("local" for convolutions, recalled).
+        ValueError: for scales that are not one positive number.
+        TypeError: for an estimator that is not a function.
+    Source: Blundell et al. 2015; for convolutions Wen et al. 2018.
     """
     from bayescal.models.convolution import convolution
 
     _check(estimator, prior_scale, initial_scale)
     size = tuple(kernel_size)
-    strides = (strides,) * len(size) if isinstance(strides, int) else tuple(strides)
-    spatial = "".join("HWD"[: len(size)])
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    steps = (strides,) * len(size) if isinstance(strides, int) else tuple(strides)
+    spatial = "HWD"[: len(size)]
+    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
 
     def product(inputs, kernel):
-        return convolution(inputs, kernel, strides, padding, dimension_numbers=numbers)
+        return convolution(inputs, kernel, steps, padding, dimension_numbers=layout)
 
-    settings = {"estimator": estimator, "prior_scale": prior_scale, "initial_scale": initial_scale}
-    return _module()((*size, in_features, out_features), product, use_bias, settings, rngs)
+    shape = (*size, in_features, out_features)
+    return _module()(shape, product, estimator, prior_scale, initial_scale, use_bias, rngs)
 
 
 @cache  # jax keeps every module class for ever: one, and none that closes over a traced value
@@ -103,12 +173,13 @@ def _module():
     from flax import nnx
 
     class VariationalLayer(nnx.Module):
-        def __init__(self, shape, product, use_bias, settings, rngs):
-            initial = jnp.full(shape, settings["initial_scale"], jnp.float32)
+        def __init__(self, shape, product, estimator, prior_scale, initial_scale, use_bias, rngs):
             self.mean = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
-            self.raw_scale = nnx.Param(initial + jnp.log(-jnp.expm1(-initial)))  # softplus's inverse
+            self.log_scale = nnx.Param(jnp.log(jnp.full(shape, initial_scale, jnp.float32)))
             self.bias = nnx.Param(jnp.zeros(shape[-1], jnp.float32)) if use_bias else None
-            self.product, self.estimator, self.prior_scale = product, settings["estimator"], settings["prior_scale"]
+            own = isinstance(prior_scale, (jax.Array, np.ndarray))
+            self.prior_scale = nnx.Variable(jnp.asarray(prior_scale, jnp.float32)) if own else prior_scale
+            self.product, self.estimator = product, estimator
             self.rngs = rngs["noise"].fork()
             self.deterministic, self.each_row = False, False
 
@@ -116,56 +187,48 @@ def _module():
             """NumPyro's distribution of the kernel."""
             import numpyro.distributions as dist
 
-            return dist.Normal(self.mean[...], jax.nn.softplus(self.raw_scale[...]))
+            return dist.Normal(self.mean[...], jnp.exp(self.log_scale[...]))
 
         def penalty(self):
             """KL[q || prior], nats."""
             import numpyro.distributions as dist
 
-            return dist.kl_divergence(self.posterior(), dist.Normal(0.0, self.prior_scale)).sum()
+            own = isinstance(self.prior_scale, nnx.Variable)
+            prior = dist.Normal(0.0, self.prior_scale[...] if own else self.prior_scale)
+            return dist.kl_divergence(self.posterior(), prior).sum()
 
         def __call__(self, inputs):
-            mean, scale = self.mean[...], jax.nn.softplus(self.raw_scale[...])
+            mean, scale = self.mean[...], jnp.exp(self.log_scale[...])
+            inputs = jnp.asarray(inputs, jnp.result_type(inputs, mean))  # squares and signs of pixels are no pixels
             if self.deterministic:
                 outputs = self.product(inputs, mean)
             else:
-                way = self.estimator if self.each_row else "shared"
-                outputs = noisy_product(self.rngs(), inputs, mean, scale, self.product, way)
+                self.rngs()  # counted: a pass that draws
+                key = self.rngs.key[...]  # not the counted one, or a layer called twice would have two kernels
+                draw = self.estimator if self.each_row else shared_noise
+                outputs = draw(key, inputs, mean, scale, self.product)
             return outputs if self.bias is None else outputs + self.bias[...]
 
     return VariationalLayer
 
 
-def noisy_product(
-    key: jax.Array, inputs: jax.Array, mean: jax.Array, scale: jax.Array, product: Callable, estimator: Estimator
-) -> jax.Array:
-    """product(inputs, kernel) with kernel ~ Normal(mean, scale^2), by one of the three estimators.
+def _deviation(key, mean, scale):
+    return scale * jax.random.normal(key, mean.shape, mean.dtype)
 
-    Args:
-        key: of the noise.
-        inputs: (batch, ..., features).
-        mean, scale: (..., features, outputs).
-        product: bilinear, `(inputs, kernel) -> (batch, ..., outputs)`.
-        estimator: see `variational_dense`.
-    """
-    if estimator == "local":
-        location, variance = product(inputs, mean), product(inputs**2, scale**2)
-        # of inputs that are all zero the root has no slope, and there is no noise either
-        spread = jnp.sqrt(jnp.where(variance > 0, variance, 1)) * (variance > 0)
-        return location + spread * jax.random.normal(key, location.shape, location.dtype)
-    kernel_key, in_key, out_key = jax.random.split(key, 3)
-    deviation = scale * jax.random.normal(kernel_key, mean.shape, mean.dtype)
-    if estimator == "shared":
-        return product(inputs, mean + deviation)
-    signs = lambda key, x: jax.random.rademacher(key, (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1]), x.dtype)
-    flipped = product(inputs * signs(in_key, inputs), deviation)
-    return product(inputs, mean) + flipped * signs(out_key, flipped)
+
+def _signed(key, x):
+    """Under one random sign a row and feature, the same at all places of a row; a random number has 32 of them."""
+    rows, features = x.shape[0], x.shape[-1]
+    bits = jax.random.bits(key, (rows, -(-features // 32), 1), jnp.uint32) >> jnp.arange(32, dtype=jnp.uint32)
+    signs = 1 - 2 * (bits & 1).astype(x.dtype).reshape(rows, -1)[:, :features]
+    return x * signs.reshape(rows, *(1,) * (x.ndim - 2), features)
 
 
 def _check(estimator, prior_scale, initial_scale) -> None:
-    if estimator not in get_args(Estimator):
-        raise ValueError(
-            f"`estimator` must be one of {', '.join(get_args(Estimator))}, got {estimator!r}. Check the spelling."
+    if not callable(estimator):
+        raise TypeError(
+            f"`estimator` must be a function, got {estimator!r}. Pass `models.local_reparametrisation`, `models.flipout`, "
+            "`models.shared_noise` or your own."
         )
     for name, value in (("prior_scale", prior_scale), ("initial_scale", initial_scale)):
         if np.shape(value) or (not isinstance(value, Tracer) and not value > 0):
