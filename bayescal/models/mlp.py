@@ -10,9 +10,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from bayescal.models.adapters import _NO_STREAM, from_nnx
-from bayescal.models.dropout import Rate, check_dropout, dropout_layer, has_dropout
+from bayescal.models.dropout import Rate, check_dropout, dropout_layer, has_dropout, scaled_mask
+from bayescal.models.kept_units import ROWS, dense_after_dropout, pays
 from bayescal.models.taps import Taps
-from bayescal.types import Key, Model, Variables
+from bayescal.types import Key, Model, OneNetwork, Variables
 
 _MOMENTUM, _EPSILON = 0.99, 1e-5
 _SMALL = 2**12  # numbers in a batch of inputs
@@ -69,6 +70,9 @@ def mlp(
             stats["dropout"] = {i: {"rate": jnp.array(dropout, jnp.float32)} for i in layers}
         return Variables(*({name: part for name, part in tree.items() if part} for tree in (params, stats)))
 
+    def mask_key(key: Key, i: int) -> Key:
+        return jax.random.fold_in(jax.random.fold_in(key, 2 * i + 1), 0)
+
     def forward(variables: Variables, inputs, key: Key | None, moments_of: Callable, product_of=lambda *path: _product):
         params, stats = variables
         x, moments = inputs.reshape(inputs.shape[0], -1), {}
@@ -80,7 +84,7 @@ def mlp(
             x = jax.nn.relu(x)
             if random and key is not None:
                 rate = stats["dropout"][i]["rate"] if carried else dropout
-                x = _dropped(x, rate, jax.random.fold_in(jax.random.fold_in(key, 2 * i + 1), 0))
+                x = x * scaled_mask(mask_key(key, i), rate, x.shape, x.dtype)
         return x, moments
 
     def features(variables: Variables, inputs, key: Key | None):
@@ -108,7 +112,19 @@ def mlp(
         x, _ = forward(variables, inputs, None, lambda x, i: variables.stats["norm"][i], product_of)
         return _affine(x, variables.params["head"], product_of("head")), watch.seen
 
-    return Model(init, apply, train, features, head, ("head",), taps)
+    def outputs(variables: Variables, inputs, key: Key):
+        params, stats = variables
+        dense = [params["dense"][i] for i in layers]
+        if batch_norm:
+            dense = [_with_norm(dense[i], params["norm"][i], stats["norm"][i]) for i in layers]
+        x = jax.nn.relu(dense[0]["kernel"].T @ inputs.reshape(inputs.shape[0], -1).T + dense[0]["bias"][:, None])
+        masks = [scaled_mask(mask_key(key, i), dropout, (1, hidden[i]), x.dtype)[0] for i in layers]
+        after = [(layer["kernel"], layer["bias"]) for layer in [*dense[1:], params["head"]]]
+        return dense_after_dropout(x, masks, after, rate=float(dropout))
+
+    faster = random and not carried and pays([*widths[1:], out_features], float(dropout))
+    one_network = OneNetwork(outputs, apply, ROWS) if faster else None
+    return Model(init, apply, train, features, head, ("head",), taps, one_network)
 
 
 @cache  # jax keeps every module class for ever: one, and none that closes over a traced rate
@@ -179,10 +195,7 @@ def _normalised(x, layer, moments):
     return (x - moments["mean"]) * (jax.lax.rsqrt(moments["var"] + _EPSILON) * layer["scale"]) + layer["bias"]
 
 
-def _dropped(x, rate, key):
-    keep = 1 - rate
-    mask = jax.random.bernoulli(key, keep, x.shape)
-    # a rate out of range must not look like another network, whichever mask it drew
-    keep = jnp.where((keep > 0) & (keep <= 1), keep, jnp.nan).astype(x.dtype)
-    # times zero and not replaced by it, or what is not a number would be dropped too
-    return x * jnp.where(mask, 1 / keep, 0 * keep)
+def _with_norm(dense, layer, moments):
+    """The dense layer and the normalisation after it, of fixed moments, as one dense layer."""
+    factor = jax.lax.rsqrt(moments["var"] + _EPSILON) * layer["scale"]
+    return {"kernel": dense["kernel"] * factor, "bias": (dense["bias"] - moments["mean"]) * factor + layer["bias"]}
