@@ -129,6 +129,19 @@ def test_chunks(chunk_size, key, calls):
     assert calls[-1][1] == -(-last // calls[-1][0].block)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 300, 64, 7])
+@pytest.mark.parametrize("place", [np.asarray, jax.device_put])
+def test_on_an_accelerator_nothing_goes_by_way_of_the_host(chunk_size, place, key, monkeypatch):
+    method, inputs = bc.ensemble(lone(), 1), np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    state = jax.jit(method.init)(key, None)
+    expected = bc.predict(method, state, inputs, key).logits
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(MODULE, "join", None)
+    pred = bc.predict(method, state, place(inputs), key, chunk_size=chunk_size)
+    assert isinstance(pred.logits, jax.Array) and pred.logits.shape == (1, 300, 3)
+    np.testing.assert_allclose(pred.logits, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_few_programs(key):
     """A likelihood counts traces and jax counts compilations: one program for all numbers of rows up to a power of two."""
     traces = []

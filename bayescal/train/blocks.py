@@ -128,6 +128,28 @@ def lay_out(inputs: PyTree, share: Share, devices: int, capacity: int) -> PyTree
     return jax.tree.map(lambda x: np.asarray(x)[index], inputs)
 
 
+def fill_up(inputs: PyTree, share: Share, devices: int, capacity: int) -> PyTree:
+    """`lay_out` for one device, wherever the rows are: they stay there."""
+    if share.first == 0 and share.number == capacity == jax.tree.leaves(inputs)[0].shape[0]:
+        return inputs
+    index = share.first + np.arange(capacity) % share.number
+    return jax.tree.map(lambda x: x[index], inputs)
+
+
+def concatenate(calls: list[tuple[Share, list[jax.Array]]], results: Results) -> PyTree:
+    """`join` for one device, whose results stay there."""
+
+    def whole(leaves, axis):
+        if axis is None:
+            return leaves[-1]
+        counted = zip(leaves, calls, strict=True)
+        parts = [jax.lax.slice_in_dim(leaf, 0, share.number, axis=axis) for leaf, (share, _) in counted]
+        return jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
+
+    columns = zip(*(leaves for _, leaves in calls), strict=True)
+    return jax.tree.unflatten(results.structure, list(map(whole, columns, results.axes)))
+
+
 def join(calls: list[tuple[Share, list[jax.Array]]], results: Results, rows: int, capacity: int) -> PyTree:
     """What the function gives for all rows, on one device, from what calls gave for theirs, wherever it is.
 

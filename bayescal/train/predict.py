@@ -17,7 +17,17 @@ from bayescal.memory import MOST_ROWS, device_budget, prediction_block, predicti
 from bayescal.methods.experiments import runners
 from bayescal.predictive import Predictive
 from bayescal.sharding import check_mesh, fetch_numpy, make_mesh, on, place
-from bayescal.train.blocks import Results, choose_sizes, in_blocks, join, lay_out, results_of, shares
+from bayescal.train.blocks import (
+    Results,
+    choose_sizes,
+    concatenate,
+    fill_up,
+    in_blocks,
+    join,
+    lay_out,
+    results_of,
+    shares,
+)
 from bayescal.types import EnsembleState, Fit, Key, Method
 
 WORTH = 256  # rows of a device that are worth spreading them
@@ -83,9 +93,12 @@ def over_rows(
     sizes = choose_sizes(each, chunk, seen.least, seen.most)
     if mesh is not None:
         state, key = _place_state(state, mesh), None if key is None else place(key, mesh)
+    # to an accelerator and back is slower by far than a small program for every number of rows
+    on_host = mesh is not None or jax.default_backend() == "cpu"
     calls = []
     for share in shares(rows, each, devices):
-        own, blocks = lay_out(inputs, share, devices, sizes.capacity), np.int32(-(-share.each // sizes.block))
+        own = (lay_out if on_host else fill_up)(inputs, share, devices, sizes.capacity)
+        blocks = np.int32(-(-share.each // sizes.block))
         if mesh is not None:
             own = place(own, mesh, *["data"] * (devices > 1))
         with on(mesh):
@@ -93,7 +106,7 @@ def over_rows(
         if mesh is not None:  # one at a time: where a method's devices talk to each other, many programs in flight use
             jax.block_until_ready(result)  # up the threads that they wait for on CPU
         calls.append((share, jax.tree.leaves(result)))
-    return join(calls, seen.results, rows, sizes.capacity)
+    return join(calls, seen.results, rows, sizes.capacity) if on_host else concatenate(calls, seen.results)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
