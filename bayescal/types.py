@@ -116,7 +116,8 @@ class Method(NamedTuple):
     members: set by `ensemble`; None for a method that is trained whole. Replace verbs before ensembling: `fit` runs the
         members' own.
     experiments: set by `experiments`: independent repetitions (splits, grid points), never pooled; else None.
-    draw: `(state, key) -> Variables`, one network from the posterior; None for a method that has none to draw from.
+    draw: `(state, key | None) -> Variables`, one network from the posterior, or, for None, the central network where the
+        method has one; None for a method that has none to draw from.
     end_epoch: `state -> state`, what is done once after each pass over the data (Laplace decomposes what it summed up);
         `fit` calls it, and so must a loop of your own. None = nothing.
     evidence: `state -> log marginal likelihood` of the training data, nats; None for a method that has none.
@@ -127,7 +128,7 @@ class Method(NamedTuple):
     predict: Callable[[State, Any, Key | None], Any]
     members: Members | None = None
     experiments: Members | None = None
-    draw: Callable[[State, Key], Variables] | None = None
+    draw: Callable[[State, Any], Variables] | None = None
     end_epoch: Callable[[State], State] | None = None
     evidence: Callable[[State], jax.Array] | None = None
 

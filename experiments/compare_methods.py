@@ -53,8 +53,9 @@ class Config:
     weight_decay: float = 0.3
     num_members: int = 10  # deep_ensemble
     dropout: float = 0.2  # mc_dropout
-    drop_connect: float = 0.2  # share of weights
-    concrete_precision: float = 0.3  # concrete_dropout: of the prior of every weight
+    drop_connect: float = 0.02  # share of weights
+    concrete_precision: float = 0.03  # concrete_dropout: of the prior of every weight
+    rate_learning_rate: float = 1e-2  # concrete_dropout: of the logits of its rates
     num_draws: int = 20  # of all that draw networks
     variational_members: int = 5  # variational_ensemble
     variational_epochs: int = 150  # and of ivon
@@ -62,7 +63,7 @@ class Config:
     prior_scale: float = 1.0  # variational, local_reparametrisation, flipout
     rank: int = 8  # variational_low_rank
     components: int = 4  # rank_one
-    component_scale: float = 0.1  # by which they differ at the start
+    component_scale: float = 0.02  # by which they differ at the start
     rank_one_prior_scale: float = 0.1  # of their vectors, around 1
     temperature: float = 1.0  # of the variational posterior; 1 = Bayes
     prior_precision: float = (
@@ -339,4 +340,4 @@ if __name__ == "__main__":
     try:
         main(*command_line(Config, sys.argv))
     except FileNotFoundError as error:
-        sys.exit(f"{error} Set BAYESCAL_DATA to the folder of the image files, or run `data=digits`.")
+        sys.exit(str(error))

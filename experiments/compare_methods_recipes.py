@@ -38,6 +38,12 @@ def adamw(config) -> optax.GradientTransformation:
     return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
 
 
+def _apart(word: str, own, others) -> optax.GradientTransformation:
+    """An optimiser of its own for the parameters in whose path the word is."""
+    label = lambda path, _: "own" if word in jax.tree_util.keystr(path) else "others"
+    return optax.partition({"own": own, "others": others}, partial(jax.tree.map_with_path, label))
+
+
 def single(config, num_data: int) -> bc.Method:
     return bc.map_estimate(network(config), bc.Categorical, adamw(config))
 
@@ -67,7 +73,9 @@ def concrete_dropout(config, num_data: int) -> bc.Method:
         layer = nnx.Linear(a, b, rngs=rngs)
         return bc.models.concrete_dropout(layer, rngs=rngs, prior_precision=config.concrete_precision)
 
-    model, optimizer = network(config, dense=dense), optax.adam(config.learning_rate)
+    # Adam moves a rate's logit by its learning rate a step at most: at the weights' own it would end near its start
+    optimizer = _apart("rate_logit", optax.adam(config.rate_learning_rate), optax.adam(config.learning_rate))
+    model = network(config, dense=dense)
     return bc.mc_dropout(model, bc.Categorical, optimizer, num_data=num_data, num_draws=config.num_draws)
 
 
@@ -97,10 +105,8 @@ def variational_ensemble(config, num_data: int) -> bc.Method:
 
 
 def variational_last_layer(config, num_data: int) -> bc.Method:
-    point_alone = lambda trained: tuple(
-        jax.tree.map(lambda _, own=own: own, part) for part, own in zip(trained, (False, True))
-    )
-    optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=point_alone)
+    alone = (False, True)  # decay of the point estimates, not of the posterior's own parameters
+    optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=alone)
     return variational(config, num_data, optimizer, subset=bc.last_layer(network(config)))
 
 
@@ -132,11 +138,8 @@ def flipout(config, num_data: int) -> bc.Method:
 def rank_one(config, num_data: int) -> bc.Method:
     settings = {"num_components": config.components, "prior_scale": config.rank_one_prior_scale}
     dense = partial(bc.models.rank_one_dense, component_scale=config.component_scale, **settings)
-    parts = partial(
-        jax.tree.map_with_path, lambda path, _: "fast" if "components" in jax.tree_util.keystr(path) else "slow"
-    )
-    optimizers = {"slow": adamw(config), "fast": optax.adam(config.learning_rate)}
-    return _bayes_by_backprop(config, num_data, dense, optax.partition(optimizers, parts))
+    optimizer = _apart("components", optax.adam(config.learning_rate), adamw(config))
+    return _bayes_by_backprop(config, num_data, dense, optimizer)
 
 
 def ivon(config, num_data: int) -> bc.Method:

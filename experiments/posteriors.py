@@ -207,7 +207,7 @@ def recipes(config: Config, problem: Problem, curvature: float) -> dict[str, Rec
     """Every method; those that start from another come after it. Steps are shares of 1 / largest curvature."""
     rows, samples = len(problem.data.targets), config.samples
     each = {"num_data": rows, "prior_precision": problem.prior_precision}
-    network, draws = (problem.model, problem.likelihood), {"num_draws": config.num_draws}
+    network, draws = (problem.model, problem.likelihood), dict[str, Any](num_draws=config.num_draws)
     members, chains = (lambda m: bc.ensemble(m, config.num_members)), (lambda m: bc.ensemble(m, config.chains))
     steps, half = config.steps, config.steps // 2
     whole = lambda method, start=None, updates=config.training: Recipe(method, updates, rows, start)

@@ -173,6 +173,19 @@ def test_networks_that_are_not_variational(key):
         ({"num_draws": 0}, ValueError, "`num_draws` must be a whole number of at least 1, got 0"),
         ({"num_data": 0}, ValueError, "`num_data` must be positive, got 0"),
         ({"temperature": -1.0}, ValueError, "`temperature` must be positive, got -1.0"),
+        ({"num_data": None}, ValueError, "`num_data` must be one number, got NoneType. Give"),
+        ({"num_data": np.inf}, ValueError, "`num_data` must be finite, got inf. See"),
+        ({"temperature": None}, ValueError, "`temperature` must be one number, got NoneType. Give"),
+        (
+            {"annealing": lambda step: None},
+            ValueError,
+            r"`annealing` must give one number in \[0, 1\], got NoneType at step 0",
+        ),
+        (
+            {"annealing": lambda step: 2.0},
+            ValueError,
+            r"`annealing` must give one number in .*, got 2\.0 at step 0\. It is",
+        ),
         ({"annealing": 0.5}, TypeError, "`annealing` must be a function of the step, got float. Pass a schedule"),
     ],
 )

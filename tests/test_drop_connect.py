@@ -1,15 +1,12 @@
 """DropConnect: masks on weights, each kernel a network of its own."""
 
-import json
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from methods import blobs, pictures
+from methods import pictures
 
 import bayescal as bc
 
@@ -155,23 +152,33 @@ def test_a_convolutional_network_of_them(key):
     assert (draws.std(0) > 0).all()
 
 
-def test_a_resumed_training_is_the_same_to_the_bit(key, tmp_path):
-    method = bc.mc_dropout(bc.models.mlp(4, (8,), 3, dense=dense), bc.Categorical, optax.adam(1e-2), num_draws=2)
-    run = lambda: bc.fit(method, blobs(), key, epochs=2, batch_size=10, progress=False, checkpoint=tmp_path)
-    whole = run()
-    shutil.rmtree(tmp_path / "steps" / "2")  # as if killed before its last save
-    resumed = run()
-    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["event"] == "resumed"
-    assert resumed.seconds["epochs"] == 1
-    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
-
-
 def test_refuses(unchecked):
     rngs = nnx.Rngs(0)
-    for other in (nnx.BatchNorm(4, rngs=rngs), nnx.Embed(4, 2, rngs=rngs), nnx.relu):
-        name = type(other).__name__
-        with pytest.raises(TypeError, match=f"`layer` must have a `kernel`, .*, got {name}. Wrap the layers that have"):
+
+    class Computed(nnx.Module):
+        """Its kernel is not among its variables: a mask would not reach it."""
+
+        def __init__(self):
+            self.other = nnx.Param(jnp.ones((4, 2)))
+
+        @property
+        def kernel(self):
+            return self.other
+
+    for other in (nnx.BatchNorm(4, rngs=rngs), nnx.Embed(4, 2, rngs=rngs), nnx.relu, Computed(), 3):
+        sentence = (
+            f"`layer` must have an `nnx.Param` named `kernel`, .*, got {type(other).__name__}. Wrap the layers that"
+        )
+        with pytest.raises(TypeError, match=sentence):
             bc.models.drop_connect(other, rate=0.1, rngs=rngs)
+    with pytest.raises(
+        TypeError, match=r"`rngs` must be `nnx\.Rngs` or one of its streams, got int. Pass on the `rngs`"
+    ):
+        bc.models.drop_connect(nnx.Linear(4, 2, rngs=rngs), rate=0.1, rngs=0)
+    bc.models.drop_connect(nnx.Linear(4, 2, rngs=rngs), rate=0.1, rngs=rngs["dropout"])(jnp.ones((1, 4)))
+    for rate in (None, "a"):
+        with pytest.raises(ValueError, match=rf"`rate` must be one rate, got {rate!r}\. In `ensemble` each member"):
+            dense(4, 2, rngs=rngs, rate=rate)
     for rate in (1, -0.1, jnp.float32(1), float("nan")):
         with pytest.raises(ValueError, match=r"`rate` must be a rate in \[0, 1\), got .*\. It is the share"):
             dense(4, 2, rngs=rngs, rate=rate)

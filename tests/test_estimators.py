@@ -28,6 +28,8 @@ def test_variance_is_that_of_the_gradients(key):
         outputs, _, kl = model.train(variables._replace(params=params), data.inputs, key)
         return -jax.nn.log_softmax(outputs)[np.arange(30), data.targets].mean() + kl / 30
 
-    rows = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.grad(objective)(variables.params, k))]) for k in keys]
+    rows = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.grad(objective)(variables.params, k))]) for k in keys
+    ]
     expected = np.var(np.array(rows, float), axis=0, ddof=1).sum()
     np.testing.assert_allclose(study.variance(model, 30, variables, data, keys), expected, rtol=1e-4)

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+import bayescal as bc
 from bayescal.config import load_config
 
 YAMLS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
@@ -159,12 +162,26 @@ def test_rows_of_fashion():
     assert len(seen) > 9_990 and twice < 5  # the files themselves hold a few images twice
 
 
+def test_strangers_of_fashion_are_drawn_by_seed_from_all_of_mnist():
+    """No image twice; about half are of the file's first half: 2,500 with a standard error of sqrt(5000 / 8) = 25."""
+    module = importlib.import_module("compare_methods_data")
+    folder = Path(os.environ.get("BAYESCAL_DATA", "../shared/data")).absolute()
+    images = [module.fashion(seed).unseen.inputs for seed in (0, 1, 1) if stored("fashion")]
+    np.testing.assert_array_equal(images[1], images[2])
+    first = {image.tobytes() for image in module.read(folder / "mnist/t10k").inputs[:5_000]}
+    drawn = [{image.tobytes() for image in seed} for seed in images]
+    assert [len(seed) for seed in drawn] == [5_000] * 3 and drawn[0] != drawn[1]
+    for seed in drawn:
+        assert abs(len(seed & first) - 2_500) < 125
+
+
 def test_unknown_data_and_absent_files(tmp_path, monkeypatch):
     module = importlib.import_module("compare_methods")
     with pytest.raises(ValueError, match=r"`data` must be one of digits, fashion, got 'fashon'. Check the spelling"):
         module.main(module.Config(data="fashon"), tmp_path)
     monkeypatch.setenv("BAYESCAL_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"fashion_mnist/train-images-idx3-ubyte.gz, which is not there"):
+    remedy = r"Check the name\. Set BAYESCAL_DATA to the folder of the image files, or run `data=digits`\."
+    with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte.gz, which is not there\. {remedy}"):
         module.main(module.Config(data="fashion"), tmp_path)
 
 
@@ -194,6 +211,48 @@ def test_every_row_of_the_comparison_has_a_yaml():
         assert name in load_config(config, folder / f"{name}.yaml").methods
 
 
+RECIPES = importlib.import_module("compare_methods_recipes").RECIPES
+
+
+def built(name):
+    """The recipe's method at the size of the smoke, and a batch."""
+    config = importlib.import_module("compare_methods").Config
+    data, rows = bc.data.digits(0).train, jnp.arange(32)
+    path = REPOSITORY / "configs" / "compare_methods" / "smoke.yaml"
+    method = RECIPES[name].build(load_config(config, path, ["num_draws=4"]), 32)
+    return method, bc.Batch(jnp.asarray(data.inputs[:32]), jnp.asarray(data.targets[:32]), jnp.ones(32), rows)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_learns_and_predicts(name, key):
+    """One update and one prediction, traced alone, which refuses what lacks `num_data` or draws no numbers."""
+    (method, batch), start = built(name), RECIPES[name].start
+    before = None if start is None else jax.eval_shape(built(start)[0].init, key, None)
+    state = jax.eval_shape(method.init, key, before)
+    after, info = jax.eval_shape(method.update, state, batch, key)
+    assert jax.tree.structure(after) == jax.tree.structure(state) and info
+    pred = jax.eval_shape(method.predict, after, batch.inputs, key)
+    assert pred.logits.shape[1:] == (32, 8)
+    assert (pred.logits.shape[0] > 1) == (name not in ("single", "marginal_likelihood"))
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "own"), [("concrete_dropout", "rate_logit", 1e-2), ("rank_one", "mean", 1e-3)]
+)
+def test_parameters_with_a_learning_rate_of_their_own(name, word, own, key):
+    """Adam's first step is its learning rate. Dropout rates have a larger one; means around 1 have no decay, of 3e-4 else."""
+    method, batch = built(name)
+    state = jax.jit(method.init)(key, None)
+    after, _ = jax.jit(method.update)(state, batch, key)
+    steps = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.variables.params, after.variables.params)
+    for path, step in jax.tree_util.tree_leaves_with_path(steps):
+        path = jax.tree_util.keystr(path)
+        if word in path:
+            np.testing.assert_allclose(step, own, rtol=1e-2, err_msg=path)
+        else:
+            assert 0 < step < 1.5e-3, path
+
+
 @pytest.mark.slow
 def test_a_posterior_begins_where_a_network_ended_and_its_seconds_count(tmp_path):
     module = importlib.import_module("compare_methods")
@@ -209,8 +268,6 @@ def test_a_posterior_begins_where_a_network_ended_and_its_seconds_count(tmp_path
 
 def test_over_seeds_joins_equal_trees():
     module = importlib.import_module("compare_methods")
-    import bayescal as bc
-
     joined = module.over_seeds([{"a": {"b": bc.Estimate(1.0)}, "c": bc.Estimate(0.0)}, {"a": {"b": bc.Estimate(3.0)}}])
     assert joined["a"]["b"].value == 2 and joined["a"]["b"].n == 2
     assert joined["c"].value == 0 and joined["c"].n is None
@@ -218,8 +275,6 @@ def test_over_seeds_joins_equal_trees():
 
 def test_seconds_of_several_seeds_are_medians_of_those_that_have_them():
     module = importlib.import_module("compare_methods")
-    import bayescal as bc
-
     seeds = [{"first_call": 9.0, "predict": 1.0}, {"predict": 2.0}, {"predict": 6.0}]
     own = module.over_seeds([{"seconds": {k: bc.Estimate(v) for k, v in s.items()}} for s in seeds])["seconds"]
     assert own == {"first_call": bc.Estimate(9.0, n=1), "predict": bc.Estimate(2.0, n=3)}

@@ -81,16 +81,16 @@ def test_penalties_of_layers_are_added_wherever_they_are(key):
 
 
 def test_streams_of_the_network_and_rows_of_their_own(key):
-    """Streams with the network's tag give all layers one key, others each its own; `each_row` holds in training alone."""
+    """Streams with the network's tag give all layers one key, others each its own; `noise_rows` are known in training alone."""
 
     class Drawing(nnx.Module):
         def __init__(self, tag, rngs):
             self.stream = nnx.RngStream(rngs(), tag=tag) if tag else rngs.noise.fork()
-            self.deterministic, self.each_row = False, False
+            self.deterministic, self.noise_rows = False, None
 
         def __call__(self, x):
             number = 0.0 if self.deterministic else jax.random.normal(self.stream())
-            return jnp.full((len(x), 2), jnp.stack([number, jnp.float32(self.each_row)]))
+            return jnp.full((len(x), 2), jnp.stack([number, jnp.float32(self.noise_rows or 0)]))
 
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -101,13 +101,55 @@ def test_streams_of_the_network_and_rows_of_their_own(key):
 
     model = bc.from_nnx(Net)
     variables = model.init(key)
-    for outputs, each_row in ((model.train(variables, rows(2), key)[0], 1), (model.apply(variables, rows(2), key), 0)):
+    for outputs, known in ((model.train(variables, rows(2), key)[0], 2), (model.apply(variables, rows(2), key), 0)):
         drawn = np.asarray(outputs)[0, :, 0]
         assert drawn[0] == drawn[2] and len({*drawn.tolist()}) == 3
-        assert (outputs[..., 1] == each_row).all()
+        assert (outputs[..., 1] == known).all()
     assert not np.any(model.apply(variables, rows(2), None)[..., 0])
     other = model.apply(variables, rows(2), jax.random.key(1))[0, :, 0]
     assert (other != drawn).all()
+
+
+def test_what_a_user_calls_so_is_not_ours(key):
+    """A number, a function and a layer named `penalty`, and other values of `noise_rows`: neither called nor overwritten."""
+
+    class Own(nnx.Module):
+        def __init__(self, penalty):
+            self.penalty, self.noise_rows = penalty, 0.5
+
+        def __call__(self, x):
+            return x * self.noise_rows
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([Own(0.1), Own(lambda x: x), Own(nnx.Linear(4, 4, rngs=rngs))])
+
+        def __call__(self, x):
+            return self.layers[0](self.layers[1](self.layers[2](x)))
+
+    model = bc.from_nnx(Net)
+    outputs, _, penalty = model.train(model.init(key), rows(5), key)
+    np.testing.assert_array_equal(outputs, rows(5) / 8)
+    assert penalty == 0.0
+
+
+def test_stacked_layers_are_refused(key):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            make = lambda rngs: variational_dense(4, 4, rngs=rngs)
+            self.layers = nnx.split_rngs(splits=3)(nnx.vmap(make, in_axes=(0,)))(rngs)
+
+        def __call__(self, x):
+            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+    model = bc.from_nnx(Net)
+    variables = model.init(key)
+    for call in (lambda: model.apply(variables, rows(2), None), lambda: model.train(variables, rows(2), key)):
+        with pytest.raises(
+            ValueError,
+            match=r"`build` must give .* one key each, got a stream of shape \(3,\), .*Build them one by one",
+        ):
+            call()
 
 
 def test_linen_penalties(key):
@@ -155,24 +197,6 @@ def test_without_a_key_it_is_the_network_of_the_means(key):
     np.testing.assert_allclose(jnp.exp(variables.params["head"]["log_scale"]), 0.3, rtol=1e-5)
     expected = plain.apply(bc.Variables(params), rows(5), None)
     np.testing.assert_allclose(model.apply(variables, rows(5), None), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_convolutions_are_those_of_flax(key):
-    """Of means and drawn: strides, padding, one to three axes, without a bias; the drawn kernel is read off a unit image."""
-    for size, settings in (
-        ((3,), {"strides": 2}),
-        ((2, 3), {"strides": (2, 1), "padding": "VALID", "use_bias": False}),
-        ((3, 1, 3), {"padding": [(1, 1), (0, 0), (2, 0)]}),
-    ):
-        ours = bc.from_nnx(lambda rngs, a=size, b=settings: variational_conv(2, 3, a, rngs=rngs, **b))
-        flax = bc.from_nnx(lambda rngs, a=size, b=settings: nnx.Conv(2, 3, a, rngs=rngs, **b))
-        variables, plain = ours.init(key), flax.init(key)
-        np.testing.assert_array_equal(variables.params["mean"], plain.params["kernel"])
-        x = rows(2, (5,) * len(size) + (2,))
-        np.testing.assert_allclose(ours.apply(variables, x, None), flax.apply(plain, x, None), rtol=1e-5, atol=1e-6)
-        deviation = ours.apply(variables, x, key) - ours.apply(variables, x, None)
-        plain.params["kernel"] = 0.01 * jax.random.normal(jax.random.fold_in(key, 0), plain.params["kernel"].shape)
-        assert 0 < np.std(deviation) < 3 * np.std(flax.apply(plain, x, None))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -338,17 +362,6 @@ def test_features_of_a_random_head(key):
 
 
 @pytest.mark.parametrize("layer", [variational_dense, partial(variational_conv, kernel_size=(3, 3))])
-def test_bad_layers(unchecked, layer):
-    build = lambda **settings: layer(4, 3, rngs=nnx.Rngs(0), **settings)
-    for name, value in (
-        ("prior_scale", 0.0),
-        ("initial_scale", -1.0),
-        ("prior_scale", np.nan),
-        ("initial_scale", np.ones(2)),
-    ):
-        with pytest.raises(
-            ValueError, match=f"`{name}` must be one positive number, got .* It is a standard deviation"
-        ):
-            build(**{name: value})
+def test_bad_estimators(unchecked, layer):
     with pytest.raises(TypeError, match=r"`estimator` must be a function, got 'local'\. Pass `models\.local_repar"):
-        build(estimator="local")
+        layer(4, 3, rngs=nnx.Rngs(0), estimator="local")

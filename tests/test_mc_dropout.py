@@ -1,12 +1,15 @@
 """Monte-Carlo dropout: a draw is one network, and what draws share is computed once."""
 
+import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from methods import blobs
 
 import bayescal as bc
 
@@ -188,6 +191,39 @@ def test_members_never_share_masks_in_prediction(kind, key):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_a_network_never_share_masks(kind, key):
+    """Two layers of one width with identity kernels: of inputs of one each puts out its mask, in training too."""
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            identity = lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)
+            layer = lambda: KINDS[kind](nnx.Linear(400, 400, kernel_init=identity, rngs=rngs), 0.5, rngs)
+            self.one, self.two = layer(), layer()
+
+        def __call__(self, x):
+            return jnp.stack([self.one(x), self.two(x)], 1)
+
+    model, ones = bc.from_nnx(Net), jnp.ones((1, 400))
+    variables = model.init(key)
+    for masks in (model.apply(variables, ones, key), model.train(variables, ones, key)[0]):
+        assert np.asarray(masks[0]).std(1).min() > 0.9
+        assert abs(agreement(np.asarray(masks[0]))[0] - 0.5) < 5 * 0.025
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_training_is_the_same_to_the_bit(kind, key, tmp_path):
+    method = bc.mc_dropout(one_layer(kind, 0.3, 4, 3), bc.Categorical, optax.adam(1e-2), num_data=30, num_draws=2)
+    run = lambda: bc.fit(method, blobs(), key, epochs=2, batch_size=10, progress=False, checkpoint=tmp_path)
+    whole = run()
+    shutil.rmtree(tmp_path / "steps" / "2")  # as if killed before its last save
+    resumed = run()
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["event"] == "resumed"
+    assert resumed.seconds["epochs"] == 1
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis", ["member", "experiment"])
 def test_a_grid_of_rates(axis, kind, key):
     """Of a linear network: each rate's own closed form, p / (1 - p) sum w^2 x^2, in one program.
@@ -275,8 +311,9 @@ def without(kind):
             nn.Dropout(0.5, deterministic=not train)(x)
             return nn.Dense(3)(x)
 
-    def pure():
-        apply = lambda variables, inputs, key: inputs @ variables.params
+    def pure(wrap=lambda function: function):
+        inner = wrap(lambda params, inputs, key: inputs @ params)
+        apply = lambda variables, inputs, key: inner(variables.params, inputs, key)
         return bc.Model(lambda key: bc.Variables(jnp.ones((4, 3))), apply, lambda v, x, k: (apply(v, x, k), (), 0.0))
 
     example = jnp.ones((1, 4))
@@ -287,16 +324,26 @@ def without(kind):
         "none, nnx": lambda: bc.from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs)),
         "number 0": lambda: bc.models.convnet((2, 2, 1), (2,), 4, 3, dropout=0.0),
         "plain function": pure,
+        "jit": lambda: pure(jax.jit),
+        "remat": lambda: pure(jax.checkpoint),
+        "cond": lambda: pure(lambda f: lambda params, x, key: jax.lax.cond(x.sum() > 0, f, f, params, x, key)),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["dead, nnx", "dead, linen", "none, linen", "none, nnx", "number 0", "plain function"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *["dead, nnx", "dead, linen", "none, linen", "none, nnx", "number 0"],
+        *["plain function", "jit", "remat", "cond"],
+    ],
+)
 def test_variance_over_keys_or_an_error(kind, key):
     method = bc.mc_dropout(without(kind), bc.Categorical, SGD, num_draws=3)
     state = state_of(method, key)
     x = rows(5).reshape(5, 2, 2, 1) if kind == "number 0" else rows(5)
     drawn = "draw random numbers, got one whose outputs do not depend on its key, so that all draws would be the same"
-    sentence = drawn if kind.startswith(("dead", "plain")) else "`key` was given to a network without a random stream"
+    without_stream = kind.startswith(("none", "number"))
+    sentence = "`key` was given to a network without a random stream" if without_stream else drawn
     with pytest.raises(ValueError, match=sentence):
         bc.predict(method, state, x, key)
     both = bc.ensemble(method, 2)

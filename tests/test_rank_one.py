@@ -1,4 +1,4 @@
-"""Rank-one layers with components against explicit networks, closed forms of their noise, and the protocol."""
+"""Rank-one layers in training: closed forms of their noise and KL, components shared out among rows, and what they refuse."""
 
 import inspect
 import shutil
@@ -11,70 +11,13 @@ import numpy as np
 import numpyro.distributions as dist
 import optax
 import pytest
-from methods import blobs, pictures
+from methods import pictures
+from rank_one_nets import components, layer, marked, parts_of, passes, without_noise
 
 import bayescal as bc
-from bayescal.methods.draws import predict_passes
-from bayescal.methods.map_estimate import MAPState
-from bayescal.models.rank_one import num_components, rank_one_conv, rank_one_dense, take_component
+from bayescal.models.rank_one import rank_one_conv, rank_one_dense
 
 pytestmark = pytest.mark.core
-
-
-def layer(*sizes, **settings):
-    return bc.from_nnx(lambda rngs: rank_one_dense(*sizes, rngs=rngs, **settings))
-
-
-def without_noise(params):
-    """softplus(-80) = 2e-35: nothing beside 1, and still the scale of a normal."""
-    still = lambda path, x: jnp.full_like(x, -80) if "raw_scale" in jax.tree_util.keystr(path) else x
-    return jax.tree.map_with_path(still, params)
-
-
-def softplus(x):
-    return np.log1p(np.exp(np.asarray(x, float)))
-
-
-def parts_of(variables):
-    """(kernel, means and scales of r, of s, biases) of a one-layer network, in float64."""
-    params = jax.tree.map(lambda x: np.asarray(x, float), variables.params)
-    own = params["components"]
-    sides = [(own[f"{side}_mean"], softplus(own[f"{side}_raw_scale"])) for side in ("input", "output")]
-    return params["kernel"], *sides, own["bias"]
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def passes(model, variables, inputs, key, draws):
-    state = MAPState(variables, (), jnp.zeros(()))
-    return predict_passes(state, inputs, key, model=model, likelihood=bc.Categorical, num_draws=draws).logits
-
-
-def marked():
-    """Three layers, one of them called twice, whose outputs tell their component alone: k * (1, 10, 100 and 100)."""
-    from flax import nnx
-
-    class Marked(nnx.Module):
-        def __init__(self, rngs):
-            dense = partial(rank_one_dense, num_components=3, rngs=rngs)
-            self.places, self.one, self.two = dense(2, 1), dense(4, 1), dense(4, 1)
-
-        def __call__(self, x):
-            flat = x.reshape(-1, 4)
-            first = self.places(x)[:, 1]  # of several places
-            return jnp.concatenate([first, self.one(flat), self.two(flat), self.two(flat)], axis=1)
-
-    model = bc.from_nnx(Marked)
-    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)).params)
-    for name, mark in (("places", 1.0), ("one", 10.0), ("two", 100.0)):
-        params[name]["components"]["bias"] = mark * jnp.arange(3.0)[:, None]
-    return model, bc.Variables(params)
-
-
-def components(outputs):
-    """The component of every row, which all four calls must agree on."""
-    outputs = np.asarray(outputs)
-    np.testing.assert_array_equal(outputs, outputs[..., :1] * np.array([1, 10, 100, 100]))
-    return outputs[..., 0].astype(int)
 
 
 def test_one_component_by_hand():
@@ -90,43 +33,6 @@ def test_one_component_by_hand():
     three = lambda v, k: (model.apply(v, inputs, None), model.apply(v, inputs, k), model.train(v, inputs, k)[0])
     for outputs in jax.jit(three)(bc.Variables(params), jax.random.key(1)):
         np.testing.assert_array_equal(outputs, [[51, 7]])
-
-
-@pytest.fixture(scope="module")
-def pair():
-    """Two layers of three components without noise, and their explicit networks in float64."""
-    model = bc.models.mlp(4, (5,), 3, dense=partial(rank_one_dense, num_components=3))
-    params = without_noise(model.init(jax.random.key(3)).params)
-    bias = lambda path, x: jax.random.normal(jax.random.key(4), x.shape) if "bias" in str(path) else x
-    params = jax.tree.map_with_path(bias, params)
-    layers = [jax.tree.map(lambda x: np.asarray(x, float), p) for p in (params["dense"][0], params["head"])]
-    weights = []
-    for p in layers:
-        own, kernel = p["components"], p["kernel"]
-        full = np.zeros((3, *kernel.shape))
-        for k in range(3):
-            for i in range(kernel.shape[0]):
-                for o in range(kernel.shape[1]):
-                    full[k, i, o] = kernel[i, o] * own["input_mean"][k, i] * own["output_mean"][k, o]
-        weights.append((full, own["bias"]))
-
-    def network(inputs, of=lambda x: x):
-        (first, b), (second, c) = [(of(w), of(bias)) for w, bias in weights]
-        return np.maximum(inputs.astype(float) @ first + b, 0) @ second + c
-
-    return model, bc.Variables(params), network
-
-
-def test_components_are_explicit_networks(pair):
-    model, variables, network = pair
-    inputs = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    each = np.stack([network(inputs, lambda w, k=k: w[k]) for k in range(3)])
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    close(model.apply(variables, inputs, None), network(inputs, lambda w: w.mean(0)))
-    close(passes(model, variables, inputs, jax.random.key(5), 6), np.tile(each, (2, 1, 1)))
-    rows = model.train(variables, inputs, jax.random.key(5))[0]
-    nearest = np.abs(rows - each).max(-1)
-    assert (nearest.min(0) < 1e-4).all() and (np.bincount(nearest.argmin(0), minlength=3) == 2).all()
 
 
 def test_convolution_is_that_of_explicit_kernels(rng):
@@ -202,10 +108,10 @@ def test_penalty_is_the_mean_of_the_components(key):
     total, numpyro = 0.0, 0.0
     for own in (variables.params["dense"][0]["components"], variables.params["head"]["components"]):
         for side in ("input", "output"):
-            means, scales = np.asarray(own[f"{side}_mean"], float), softplus(own[f"{side}_raw_scale"])
+            means, scales = np.asarray(own[f"{side}_mean"], float), np.exp(np.asarray(own[f"{side}_log_scale"], float))
             for m, s in zip(means.ravel(), scales.ravel(), strict=True):
                 total += (np.log(0.2 / s) + (s**2 + (m - 1) ** 2) / (2 * 0.2**2) - 0.5) / 3
-            q = dist.Normal(own[f"{side}_mean"], jax.nn.softplus(own[f"{side}_raw_scale"]))
+            q = dist.Normal(own[f"{side}_mean"], jnp.exp(own[f"{side}_log_scale"]))
             numpyro += dist.kl_divergence(q, dist.Normal(1.0, 0.2)).sum() / 3
     np.testing.assert_allclose(penalty, total, rtol=1e-5)
     np.testing.assert_allclose(penalty, numpyro, rtol=1e-6)
@@ -244,28 +150,6 @@ def test_rows_are_shared_out_evenly_and_every_layer_agrees():
     assert len(np.unique(drawn, axis=0)) > 300, "members share out rows of their own: of 630 ways"
 
 
-def test_all_rows_of_a_draw_are_in_one_component(key):
-    model, variables = marked()
-    apply = jax.jit(jax.vmap(lambda k: model.apply(variables, jnp.zeros((5, 2, 2)), k)))
-    drawn = components(apply(jax.random.split(key, 900)))
-    assert np.ptp(drawn, axis=1).max() == 0
-    share = np.bincount(drawn[:, 0], minlength=3) / 900
-    assert (np.abs(share - 1 / 3) < 4.5 * np.sqrt(2 / 9 / 900)).all()
-
-
-def test_predictions_take_components_in_turn(key):
-    model, variables = marked()
-    logits = components(passes(model, variables, jnp.zeros((5, 2, 2)), key, 6))
-    np.testing.assert_array_equal(logits, np.tile(np.arange(3)[:, None], (2, 5)))
-    logits = components(passes(model, variables, jnp.zeros((5, 2, 2)), None, 6))
-    np.testing.assert_array_equal(logits, np.tile(np.arange(3)[:, None], (1, 5)))
-    with pytest.raises(
-        ValueError,
-        match=r"`num_draws` must be a multiple of the network's 3 components, got 4, so that .* Use 6\.",
-    ):
-        passes(model, variables, jnp.zeros((5, 2, 2)), key, 4)
-
-
 def test_layers_share_the_shuffle_of_rows(key):
     """The compiled pass sorts once for all layers, whose order of rows is one."""
 
@@ -295,7 +179,7 @@ def test_gradient_is_unbiased(key):
         own, kernel, total = params["components"], params["kernel"][:, 0], 0.0
         for k in range(2):
             r, s = own["input_mean"][k], own["output_mean"][k, 0]
-            dr, ds = (jax.nn.softplus(own[f"{side}_raw_scale"][k]) for side in ("input", "output"))
+            dr, ds = (jnp.exp(own[f"{side}_log_scale"][k]) for side in ("input", "output"))
             for x, t in zip(inputs, targets, strict=True):
                 u, spread = (x * r * kernel).sum(), ((x * dr * kernel) ** 2).sum()
                 mean = u * s + own["bias"][k, 0]
@@ -312,51 +196,6 @@ def test_gradient_is_unbiased(key):
         assert (error < 0.05 * np.abs(exact).max() + 0.01).all(), "small enough to see a wrong factor"
         count += exact.size
     assert count == 21
-
-
-def test_take_component_inside_jit(pair):
-    model, variables, network = pair
-    inputs = np.ones((2, 4), np.float32)
-
-    @jax.jit
-    def one(k):
-        taken = take_component(variables.params, k)
-        assert num_components(taken) == 1 and num_components(variables.params) == 3
-        return model.apply(bc.Variables(taken), inputs, None)
-
-    for k in range(3):
-        np.testing.assert_allclose(one(k), network(inputs, lambda w, k=k: w[k]), rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(
-            take_component(variables.params, k)["head"]["components"]["bias"][0],
-            variables.params["head"]["components"]["bias"][k],
-        )
-    for index in (-1, 3):
-        with pytest.raises(ValueError, match=rf"`index` must be a component in \[0, 3\), got {index}\. They are"):
-            take_component(variables.params, index)
-
-
-def test_what_a_user_calls_components_is_not_ours(key):
-    params = {"components": {"0": {"kernel": jnp.ones((2, 3))}, "bias": jnp.ones((4, 1))}, "plain": jnp.ones(3)}
-    assert num_components(params) == 1 and num_components(()) == 1
-    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, take_component(params, 0), params))
-
-
-def test_layers_that_disagree(key):
-    one, two = (layer(2, 2, num_components=k).init(key).params for k in (2, 3))
-    with pytest.raises(
-        ValueError, match=r"`num_components` must be the same in all layers, got \[2, 3\]\. Build every"
-    ):
-        num_components({"one": one, "two": two})
-
-
-def test_predictions_do_not_depend_on_batch_mates(key):
-    model = bc.models.mlp(4, (5,), 3, dense=partial(rank_one_dense, num_components=2, initial_scale=0.3))
-    variables, inputs = model.init(key), np.asarray(blobs().inputs)
-    whole = passes(model, variables, inputs, key, 4)
-    np.testing.assert_allclose(passes(model, variables, inputs[3:5], key, 4), whole[:, 3:5], rtol=1e-5, atol=1e-6)
-    alike = passes(model, variables, np.ones_like(inputs), key, 4)
-    assert np.ptp(alike, axis=1).max() == 0 and len(np.unique(alike[:, 0, 0])) == 4
-    assert (passes(model, variables, inputs, jax.random.key(8), 4) != whole).any()
 
 
 def test_a_convnet_trains_and_once_cut_off_goes_on_to_the_same_bits(key, tmp_path):
@@ -423,12 +262,32 @@ def test_start_and_no_bias(key):
         # 1 and 0.5, within 4.5 standard errors of a normal's mean and standard deviation
         assert abs(means.mean() - 1) < 4.5 * 0.5 / np.sqrt(means.size)
         assert abs(means.std() - 0.5) < 4.5 * 0.5 / np.sqrt(2 * means.size)
-        np.testing.assert_allclose(softplus(own[f"{side}_raw_scale"]), 0.03, rtol=1e-5)
+        np.testing.assert_allclose(np.exp(own[f"{side}_log_scale"]), 0.03, rtol=1e-5)
     bare = layer(3, 2, use_bias=False)
     variables = bare.init(key)
     assert "bias" not in variables.params["components"]
     for k in (None, key):
         np.testing.assert_array_equal(bare.apply(variables, np.zeros((1, 3), np.float32), k), 0)
+
+
+def test_rows_that_layers_would_share_out_anew(key):
+    """A layer on (batch * places, features), where a row's places would be in several components; a draw knows no rows."""
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.one, self.two = (rank_one_dense(1, 1, num_components=2, rngs=rngs) for _ in range(2))
+
+        def __call__(self, x):
+            return self.two(self.one(x).reshape(-1, 1)).reshape(x.shape)
+
+    model, inputs = bc.from_nnx(Net), np.ones((4, 3, 1), np.float32)
+    variables = model.init(key)
+    assert model.apply(variables, inputs, key).shape == model.apply(variables, inputs, None).shape == (4, 3, 1)
+    assert model.train(variables, inputs[:, :1], key)[0].shape == (4, 1, 1)
+    message = r"`inputs` of every rank-one layer must have the 4 rows .*, got shape \(12, 1\), .*Keep the batch as the leading"
+    with pytest.raises(ValueError, match=message):
+        model.train(variables, inputs, key)
 
 
 @pytest.mark.parametrize("build", [rank_one_dense, partial(rank_one_conv, kernel_size=(3, 3))])
@@ -441,10 +300,10 @@ def test_errors(build, unchecked):
             ValueError, match=rf"`num_components` must be a whole number of at least 1, got {number}\. 4 is"
         ):
             make(num_components=number)
-    for name in ("prior_scale", "initial_scale", "component_scale"):
-        for value in (0, -1.0, float("nan"), np.ones(2)):
-            with pytest.raises(ValueError, match=rf"`{name}` must be one positive number, got .*\. It is a standard"):
-                make(**{name: value})
+    with pytest.raises(
+        ValueError, match=r"`component_scale` must be one positive number, got 0\. .* entries of r and s"
+    ):
+        make(component_scale=0)
     make(num_components=1, component_scale=0.0)
     with pytest.raises(ValueError, match=r"`prior_scale` must be one positive"):
         make(num_components=1, prior_scale=0.0)

@@ -95,6 +95,12 @@ def test_laplace_takes_the_same_subsets(key, structure):
     np.testing.assert_allclose(told, told[0], rtol=1e-5)
 
 
+def with_nothing():
+    """A network with a part that has no weights."""
+    plain = pure_model()
+    return plain._replace(init=lambda key: bc.Variables({**plain.init(key).params, "e": {}}))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -113,9 +119,31 @@ def test_laplace_takes_the_same_subsets(key, structure):
             lambda: classes(model=pure_model(), subset=("v",)),
             r"`subset` must be keys that lead to parameters, got \('v',\), where \(\) has \['b', 'w'\]\. Pass",
         ),
+        (
+            lambda: classes(model=with_nothing(), subset=("e",)),
+            r"`subset` must choose at least one weight, got a part of the network without any\. Pass",
+        ),
+        (lambda: bc.subnetwork(True), "`number` must be a whole number of at least 1, got True. It"),
         (lambda: classes(model=pure_model(), subset=bc.subnetwork(16)), "`number` must be at most the 15 weights"),
     ],
 )
 def test_errors(unchecked, build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(("subset", "got"), [(5, "int"), (lambda params: params, "function"), ("head", "str")])
+def test_what_is_no_subset(unchecked, subset, got):
+    message = rf"`subset` must be a tuple of keys or a `Selection`, got {got}\. Pass `last_layer"
+    for build in (
+        lambda: classes(subset=subset),
+        lambda: bc.laplace(
+            NET, bc.Categorical, num_data=30, structure=bc.diagonal(), prior_precision=1.0, subset=subset
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            build()
+
+
+def test_a_number_of_numpys(unchecked):
+    assert bc.subnetwork(np.int64(5)).find({"w": jnp.arange(9.0)}).tolist() == [4, 5, 6, 7, 8]

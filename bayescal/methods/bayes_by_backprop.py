@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from bayescal.methods.draws import check_draws, predict_passes
-from bayescal.methods.map_estimate import check_positive, map_estimate, one_member, share_of_penalty, weighted_mean
+from bayescal.methods.map_estimate import (
+    check_positive,
+    map_estimate,
+    one_member,
+    share_of_penalty,
+    tempered,
+    weighted_mean,
+)
 from bayescal.types import Method, Model
 
 if TYPE_CHECKING:
@@ -39,25 +46,22 @@ def bayes_by_backprop(
         num_data: number of training rows, which scales the KL; never inferred.
         num_draws: members of the predictive.
         temperature: of the posterior: multiplies the KL alone; 1 = Bayes.
-        annealing: `step -> share of the KL`, such as `optax.linear_schedule(0.0, 1.0, 1000)`; should end at 1. None = 1.
+        annealing: `step -> share of the KL` in [0, 1], such as `optax.linear_schedule(0.0, 1.0, 1000)`; should end at 1.
+            None = 1.
 
     Returns:
         Method whose state is `MAPState` and whose info is `loss` (mean nats per example), `kl` (nats) and `temperature`,
         by which the KL was multiplied in this step.
 
     Raises:
-        ValueError: for settings that are not positive; at the first update for a model without a penalty, at the first
-            prediction for one that draws nothing.
+        ValueError: for settings that are not positive and finite, a first share outside [0, 1]; at the first update for a
+            model without a penalty, at the first prediction for one that draws nothing.
         TypeError: for annealing that is not a function.
     Source: Blundell et al. 2015; scaling as in Graves 2011.
     """
     check_draws(num_draws)
-    check_positive(num_data=num_data, temperature=temperature)
-    if annealing is not None and not callable(annealing):
-        raise TypeError(
-            f"`annealing` must be a function of the step, got {type(annealing).__name__}. Pass a schedule, such as "
-            "`optax.linear_schedule(0.0, 1.0, 500)`; a constant share of the KL is a `temperature`."
-        )
+    check_positive(num_data=num_data)
+    factor = tempered(temperature, annealing)
 
     def objective(variables, batch, key, step):
         outputs, stats, kl = model.train(variables, batch.inputs, key)
@@ -67,9 +71,8 @@ def bayes_by_backprop(
                 "`models.variational_dense` and its like, or use `variational`, which takes any network."
             )
         loss = weighted_mean(-likelihood(one_member(outputs)).log_prob(batch.targets), batch.weights)
-        now = jnp.asarray(temperature if annealing is None else temperature * annealing(step), loss.dtype)
+        now = jnp.asarray(factor(step), loss.dtype)
         return loss + now * share_of_penalty(kl, num_data), (stats, {"loss": loss, "kl": kl, "temperature": now})
 
-    drawing = partial(predict_passes, model=model, likelihood=likelihood, num_draws=num_draws)
-    base = map_estimate(model, likelihood, optimizer, objective=objective)
-    return base._replace(predict=lambda state, inputs, key: drawing(state, inputs, key))
+    predict = partial(predict_passes, model=model, likelihood=likelihood, num_draws=num_draws)
+    return map_estimate(model, likelihood, optimizer, objective=objective)._replace(predict=predict)

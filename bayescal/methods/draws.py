@@ -120,10 +120,11 @@ def _many_rows(model: Model, inputs) -> Callable | None:
 
 
 def depends(function: Callable, x) -> bool:
-    """Whether what `function` gives depends on `x`, judged by the program."""
+    """Whether what `function` gives depends on `x`, judged by the program, inside jit, loops and branches too."""
+    from jax.interpreters.partial_eval import dce_jaxpr
+
     jaxpr = jax.make_jaxpr(function)(x).jaxpr
-    found = reached(jaxpr, jaxpr.invars)
-    return any(v in found for v in jaxpr.outvars if not hasattr(v, "val"))
+    return any(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
 
 
 def reached(jaxpr, variables) -> set:

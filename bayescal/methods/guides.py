@@ -1,9 +1,13 @@
 """Guides of variational inference: the families that a posterior of the weights is sought in.
 
 A guide is a function `(numpyro_model, *, init_loc_fn, init_scale) -> AutoGuide`, as NumPyro's own classes `AutoNormal`,
-`AutoDiagonalNormal` and `AutoMultivariateNormal` are; your own is any such function.
+`AutoDiagonalNormal` and `AutoMultivariateNormal` are; your own is any such function. Training, and `sample_posterior`, must
+draw from the same q: one whose training draws nothing is a guide without spread, as is `AutoLaplaceApproximation`, which
+trains a point and then draws around it without having seen the data (use `laplace`). `key=None` needs its `median`. An
+`init_scale` that is a member's own, and so traced, is for `normal` alone: NumPyro's other classes branch on theirs.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +48,13 @@ def low_rank(rank: int) -> Guide:
         rank: columns of F; rank + 2 numbers a weight.
 
     Raises:
-        ValueError: for a rank below one, and where `init_scale` is traced.
+        ValueError: for a rank below one.
     """
     check_whole("rank", rank, 1, "2 to 20 is usual.")
 
     def guide(numpyro_model, *, init_loc_fn, init_scale):
         from numpyro.infer.autoguide import AutoLowRankMultivariateNormal
 
-        _check_known("guides.low_rank", init_scale)
         return AutoLowRankMultivariateNormal(numpyro_model, init_loc_fn=init_loc_fn, init_scale=init_scale, rank=rank)
 
     return guide
@@ -66,13 +69,11 @@ def full(numpyro_model: Callable, *, init_loc_fn: Callable, init_scale: Any) -> 
         numpyro_model, init_loc_fn, init_scale: as in `normal`.
 
     Raises:
-        ValueError: with the number of bytes, where the matrices of a step do not fit the device; where `init_scale` is
-            traced.
+        ValueError: with the number of bytes, where the matrices of a step do not fit the device.
     """
     from numpyro.handlers import seed, trace
     from numpyro.infer.autoguide import AutoMultivariateNormal
 
-    _check_known("guides.full", init_scale)
     shapes = jax.eval_shape(lambda key: _values(trace(seed(numpyro_model, key)).get_trace()), jax.random.key(0))
     size = sum(x.size for x in shapes.values())
     # old and new of L's triangle and of the optimiser's two moments, 3 squares, and some 6 that a step holds beside them
@@ -99,13 +100,45 @@ def delta(numpyro_model: Callable, *, init_loc_fn: Callable, init_scale: Any) ->
     return AutoDelta(numpyro_model, init_loc_fn=init_loc_fn)
 
 
-def _check_known(name: str, init_scale: Any) -> None:
-    """Raises for a traced scale, on which NumPyro's class branches."""
-    if isinstance(init_scale, Tracer):
+def check_guide(guide: Any) -> None:
+    """Raises unless it takes what a guide is given."""
+    from numpyro.infer.autoguide import AutoGuide
+
+    advice = "Pass `guides.normal`, `guides.low_rank(10)`, or a function that makes yours of these."
+    wanted = "`guide` must be a function `(numpyro_model, *, init_loc_fn, init_scale) -> AutoGuide`"
+    if not callable(guide) or isinstance(guide, AutoGuide):
+        raise TypeError(f"{wanted}, got an instance of {type(guide).__name__}. {advice}")
+    signature = inspect.signature(guide)
+    try:
+        signature.bind(None, init_loc_fn=None, init_scale=None)
+    except TypeError as error:
+        raise TypeError(f"{wanted}, got {getattr(guide, '__name__', 'one')}{signature}. {advice}") from error
+
+
+def made(guide: Guide, numpyro_model: Callable, *, init_loc_fn: Callable, init_scale: Any) -> "AutoGuide":
+    """NumPyro's guide of the model.
+
+    Raises:
+        TypeError: for a function that makes something else.
+        ValueError: for a traced scale on which NumPyro's class branches.
+    """
+    from numpyro.infer.autoguide import AutoGuide
+
+    try:
+        result: Any = guide(numpyro_model, init_loc_fn=init_loc_fn, init_scale=init_scale)
+    except jax.errors.TracerBoolConversionError as error:
+        if not isinstance(init_scale, Tracer):
+            raise
         raise ValueError(
-            f"`initial_scale` must be a number for `{name}`, got a traced {init_scale.aval}. Only `guides.normal` takes one "
-            "that is a member's own setting."
+            f"`initial_scale` must be a number for this guide, got a traced {init_scale.aval}. Only `guides.normal` takes "
+            "one that is a member's own setting."
+        ) from error
+    if not isinstance(result, AutoGuide):
+        raise TypeError(
+            f"`guide` must make one of NumPyro's AutoGuides, got {type(result).__name__}. Pass `guides.normal`, or a "
+            "function that returns, say, `AutoDiagonalNormal(numpyro_model, ...)`."
         )
+    return result
 
 
 def _values(trace: dict) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bayescal.methods.draws import check_draws, predict_draws
@@ -70,7 +71,9 @@ def ivon_optimizer(
         code's factor initial_hessian + delta on the learning rate.
     """
     check_positive(num_data=num_data, prior_precision=prior_precision, temperature=temperature)
-    check_positive(initial_hessian=initial_hessian, clip_radius=clip_radius)
+    check_positive(initial_hessian=initial_hessian)
+    if isinstance(clip_radius, Tracer) or clip_radius != math.inf:  # infinite = not clipped
+        check_positive(clip_radius=clip_radius)
     if not callable(learning_rate):
         check_positive(learning_rate=learning_rate)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):

@@ -1,7 +1,8 @@
 """Maximum a posteriori training of one network: the base of most other methods."""
 
+import math
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -80,7 +81,8 @@ def map_estimate(
     import optax
 
     no_prior = isinstance(prior_precision, (int, float)) and prior_precision == 0
-    check_positive(num_data=num_data)
+    if num_data is not None:
+        check_positive(num_data=num_data)
     check_not_negative("0 means no prior.", prior_precision=prior_precision)
     if num_data is None and not no_prior:
         raise ValueError(
@@ -121,16 +123,20 @@ def start_variables(start: PyTree) -> Variables:
     if not isinstance(variables, Variables):
         raise TypeError(
             f"`start` must be Variables or a state that has `variables`, got {type(start).__name__}. "
-            "Pass a fit's `state`, or `Variables(params, stats)`."
+            "Pass a fit's `state`, the network in the middle of a posterior, `method.draw(state, None)`, or "
+            "`Variables(params, stats)`."
         )
     return variables
 
 
 def check_positive(**settings) -> None:
-    """Raises for a setting that is given and is not one positive number; of one that is traced the value is not known."""
+    """Raises unless each is one positive, finite number; of one that is traced the value is not known."""
     for name, value in settings.items():
-        if value is not None and not _one_number(name, value) > 0:
+        number = _one_number(name, value)
+        if not number > 0:
             raise ValueError(f"`{name}` must be positive, got {value!r}. See the docstring for its unit.")
+        if not number < math.inf:
+            raise ValueError(f"`{name}` must be finite, got {value!r}. See the docstring for its unit.")
 
 
 def check_not_negative(advice: str, **settings) -> None:
@@ -144,15 +150,22 @@ def _one_number(name: str, value) -> Any:
     """The setting, or 1 for one that is traced.
 
     Raises:
-        ValueError: for an array or a pytree of several.
+        ValueError: for what is no number, and for an array or a pytree of several.
     """
-    if not jax.tree_util.all_leaves([value]) or np.shape(value):
-        got = f"shape {np.shape(value)}" if np.shape(value) else type(value).__name__
+    if not _is_number(value):
         raise ValueError(
-            f"`{name}` must be one number, got {got}. Give one for the whole network; to let the members of an ensemble "
-            "differ use `ensemble(build, settings=...)`."
+            f"`{name}` must be one number, got {_what(value)}. Give one for the whole network; to let the members of an "
+            "ensemble differ use `ensemble(build, settings=...)`."
         )
     return 1 if isinstance(value, Tracer) else value
+
+
+def _is_number(value) -> bool:
+    return not np.shape(value) and isinstance(value, (Real, np.generic, np.ndarray, jax.Array))
+
+
+def _what(value) -> str:
+    return f"shape {np.shape(value)}" if np.shape(value) else type(value).__name__
 
 
 def check_whole(name: str, value, least: int, advice: str) -> None:
@@ -180,6 +193,32 @@ def share_of_penalty(penalty, num_data: int | None):
             "Pass the number of training rows."
         )
     return penalty / num_data
+
+
+def tempered(temperature: Any, annealing: Callable | None) -> Callable[[jax.Array], Any]:
+    """`step -> temperature * annealing(step)`, what a KL is multiplied by.
+
+    Raises:
+        ValueError: for a temperature that is not positive; a first share that is not one number in [0, 1].
+        TypeError: for annealing that is not a function.
+    """
+    check_positive(temperature=temperature)
+    if annealing is None:
+        return lambda step: temperature
+    if not callable(annealing):
+        raise TypeError(
+            f"`annealing` must be a function of the step, got {type(annealing).__name__}. Pass a schedule, such as "
+            "`optax.linear_schedule(0.0, 1.0, 500)`; a constant share of the KL is a `temperature`."
+        )
+    share: Any = annealing(jnp.zeros((), jnp.int32))
+    known = not isinstance(share, Tracer)
+    if not _is_number(share) or (known and not 0 <= share <= 1):
+        got = share if _is_number(share) else _what(share)
+        raise ValueError(
+            f"`annealing` must give one number in [0, 1], got {got} at step 0. It is a share of the KL, such as "
+            "`optax.linear_schedule(0.0, 1.0, 500)`; a factor of it is a `temperature`."
+        )
+    return lambda step: temperature * annealing(step)
 
 
 def one_member(outputs):

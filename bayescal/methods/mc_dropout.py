@@ -24,7 +24,8 @@ def mc_dropout(
 
     One mask a draw for all examples makes each draw a function. `key=None` is the network without dropout. Rates may be
     members' own settings (`dropout_layer`), or learnt (`concrete_dropout`, whose penalty needs `num_data`); masks may lie on
-    weights instead of units (`drop_connect`).
+    weights instead of units (`drop_connect`). The penalty of `concrete_dropout` is a prior over weights already: leave
+    `prior_precision` at 0 for it, and weight decay such as `optax.adamw`'s, or there are two.
 
     Args:
         model: a network with dropout; one without a random stream raises at the first prediction.

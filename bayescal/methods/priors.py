@@ -1,8 +1,11 @@
 """Priors of variational inference: what weights are likely before the data.
 
 A prior is a function `params -> numpyro distribution` with event shape (weights,), of the weights that have a posterior as
-one vector, leaf after leaf as `ravel_pytree` lays them out. It is given shapes and types only. Your own is any such
-function.
+one vector, leaf after leaf as `ravel_pytree` lays them out. It is given shapes and types only, of what `subset` takes:
+- None, `subtrees(...)`, `without_biases()`: the network's own tree, with None for what is not chosen;
+- keys, as of `last_layer(model)`: the tree that lies under them;
+- `subnetwork(number)`: `{"weights": (number,)}`.
+Your own is any such function.
 """
 
 import math
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from bayescal.methods.map_estimate import check_positive
@@ -26,11 +30,12 @@ def normal(scale: Any) -> Prior:
     """w ~ N(0, scale^2), every weight by itself; the KL from a normal posterior is in closed form.
 
     Args:
-        scale: standard deviation, above 0: one number, or one for each part of the network, as
-            `{"dense_0": 1.0, "head": 0.3}`; a number stands for all that lies below it.
+        scale: standard deviation, above 0: one number, or a tree with one for each part of what `subset` takes, where a
+            number stands for all that lies below it. Of `models.mlp`, `{"dense": 1.0, "head": 0.3}`, or by layer
+            `{"dense": {0: 1.0, 1: 0.5}, "head": 0.3}`. Parts of which nothing is chosen may be left out.
 
     Raises:
-        ValueError: for numbers that are not positive, and at `init` for a tree that does not fit the parameters.
+        ValueError: for numbers that are not positive and finite; where the method is built, for a tree that does not fit.
     """
     _check_scale(scale)
 
@@ -71,9 +76,16 @@ def scale_mixture(scales: Sequence[Any], weights: Sequence[Any]) -> Prior:
         weights: of the parts, above 0, with sum 1.
 
     Raises:
+        TypeError: for what is no sequence.
         ValueError: for numbers out of range, or not as many weights as scales.
     Source: Blundell et al. 2015, equation 7 (recalled).
     """
+    for name, given in {"scales": scales, "weights": weights}.items():
+        if not isinstance(given, Sequence) and not np.ndim(given):
+            raise TypeError(
+                f"`{name}` must be a sequence of numbers, got {type(given).__name__}. Give each normal its own, as in "
+                "`scale_mixture((1.0, 0.1), (0.25, 0.75))`."
+            )
     scales, weights = tuple(scales), tuple(weights)
     if not scales or len(scales) != len(weights):
         raise ValueError(
@@ -103,7 +115,7 @@ def _independent(of_scale: Callable[[Any], Any], scale: Any, params: PyTree):
     if jax.tree_util.all_leaves([scale]):
         return of_scale(scale).expand((_size(params),)).to_event(1)
     try:
-        each = jax.tree.leaves(jax.tree.broadcast(scale, params))
+        each = jax.tree.leaves(jax.tree.broadcast(_filled(scale, params), params))
     except ValueError as error:
         raise ValueError(
             f"`scale` must be one number or have the first keys of the parameters, got {jax.tree.structure(scale)} for "
@@ -111,6 +123,27 @@ def _independent(of_scale: Callable[[Any], Any], scale: Any, params: PyTree):
         ) from error
     parts = [jnp.full(x.size, s, jnp.result_type(float)) for s, x in zip(each, jax.tree.leaves(params), strict=True)]
     return of_scale(jnp.concatenate(parts)).to_event(1)
+
+
+def _filled(scale: Any, params: Any) -> Any:
+    """The scales, and beside them what they need not name: parts of the parameters without any."""
+    if not isinstance(scale, dict) or not isinstance(params, dict):
+        return scale
+    empty = {name: part for name, part in params.items() if not jax.tree.leaves(part)}
+    return {**empty, **{name: _filled(one, params.get(name)) for name, one in scale.items()}}
+
+
+def check_prior(prior: Any) -> None:
+    """Raises unless it is a function, and none of those that make one."""
+    from numpyro.distributions import Distribution
+
+    made_by = [maker for maker in (normal, student_t, scale_mixture) if prior is maker]
+    if made_by or not callable(prior) or isinstance(prior, Distribution):
+        got = f"`priors.{made_by[0].__name__}` itself" if made_by else type(prior).__name__
+        raise TypeError(
+            f"`prior` must be a function from parameters to a distribution, got {got}. Pass `priors.normal(1.0)`, or your own "
+            "such as `lambda params: distribution`."
+        )
 
 
 def _check_scale(scale: Any) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from bayescal.methods.map_estimate import check_whole
 from bayescal.types import Model, PyTree
 
 
@@ -26,9 +27,18 @@ class Selection(NamedTuple):
 
 
 def selected(subset: Selection | tuple | None) -> Selection:
-    """The selection that a method's `subset` stands for: None = all parameters, keys = the sub-tree under them."""
+    """The selection that a method's `subset` stands for: None = all parameters, keys = the sub-tree under them.
+
+    Raises:
+        TypeError: for anything else.
+    """
     if subset is None:
         return everything()
+    if not isinstance(subset, tuple):  # as a `Selection` is
+        raise TypeError(
+            f"`subset` must be a tuple of keys or a `Selection`, got {type(subset).__name__}. Pass `last_layer(model)`, "
+            "`subtrees(*paths)`, `without_biases()` or `subnetwork(number)`, or None for all parameters."
+        )
     return subset if isinstance(subset, Selection) else subtree(subset)
 
 
@@ -134,8 +144,7 @@ def subnetwork(number: int, score: Callable[[PyTree], PyTree] | None = None) -> 
         ValueError: for fewer than one weight, or more than there are.
     Source: Daxberger et al. 2021 (subnetwork inference): largest variances; largest magnitude as in laplace-torch.
     """
-    if not isinstance(number, int) or number < 1:
-        raise ValueError(f"`number` must be a whole number of at least 1, got {number!r}. It counts single weights.")
+    check_whole("number", number, 1, "It counts single weights.")
 
     def find(params):
         scores = ravel_pytree(jax.tree.map(jnp.abs, params) if score is None else score(params))[0]

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from bayescal.methods import guides
 from bayescal.methods.draws import depends, reached
 from bayescal.methods.selection import Selection
+from bayescal.predictive import float32_or_wider
 from bayescal.types import Key, Model, PyTree, Variables
 
 
@@ -18,38 +20,49 @@ class Family(NamedTuple):
     prior: NumPyro model of one site, `weights`: a random draw costs a third of a second to compile, so one is better than
         one a layer.
     guide: of it, ready for use.
-    start: `weights -> the guide's unconstrained parameters` around them.
+    start: `weights -> the guide's unconstrained parameters` around them, in float32 or wider.
     constraint: of every parameter of the guide.
     params: shapes of the network's.
     outside: of its leaves, whether something of them has no posterior.
-    weights: shape of the vector that the posterior is of; unravel: from it to what the selection puts.
+    weights: shape of the vector that the posterior is of, in the network's own precision; unravel: from it to what the
+        selection puts.
     """
 
     selection: Selection
     prior: Callable
     guide: Any
-    start: Callable[[jax.Array], dict[str, jax.Array]]
+    start: Callable[[jax.Array], dict[str, PyTree]]
     constraint: dict[str, Any]
     params: PyTree
     outside: list[bool]
     weights: jax.ShapeDtypeStruct
     unravel: Callable[[jax.Array], PyTree]
 
-    def constrained(self, posterior: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def constrained(self, posterior: dict[str, PyTree]) -> dict[str, PyTree]:
         """The guide's parameters as NumPyro wants them."""
         from numpyro.distributions import biject_to
 
         return {name: biject_to(self.constraint[name])(value) for name, value in posterior.items()}
 
-    def sample(self, posterior: dict[str, jax.Array], key: Key) -> jax.Array:
+    def sample(self, posterior: dict[str, PyTree], key: Key) -> jax.Array:
         """One vector of weights."""
         with unvalidated():
             return self.guide.sample_posterior(key, self.constrained(posterior))["weights"]
 
-    def median(self, posterior: dict[str, jax.Array]) -> jax.Array:
-        """The vector in the middle, which is a normal posterior's mean."""
-        with unvalidated():
-            return self.guide.median(self.constrained(posterior))["weights"]
+    def median(self, posterior: dict[str, PyTree]) -> jax.Array:
+        """The vector in the middle, which is a normal posterior's mean.
+
+        Raises:
+            ValueError: for a guide without a median.
+        """
+        try:
+            with unvalidated():
+                return self.guide.median(self.constrained(posterior))["weights"]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"`guide` must have a median for `key=None`, got {type(self.guide).__name__}, which has none. Pass a key, "
+                "or take a normal guide, such as `guides.low_rank(10)`."
+            ) from error
 
     def point(self, params: PyTree) -> PyTree:
         """What of the network has no posterior."""
@@ -66,17 +79,25 @@ class Family(NamedTuple):
             next(kept) if outside else jnp.zeros(x.shape, x.dtype)
             for outside, x in zip(self.outside, shapes, strict=True)
         ]
-        params = self.selection.put(jax.tree.unflatten(structure, leaves), places, self.unravel(weights))
+        chosen = self.unravel(weights.astype(self.weights.dtype))
+        params = self.selection.put(jax.tree.unflatten(structure, leaves), places, chosen)
         return Variables(params, stats)
 
     def spreads(self) -> bool:
-        """Whether a draw depends on its key, judged by the program."""
+        """Whether a draw, and what is trained, depends on its key, judged by the program."""
+        from numpyro.handlers import seed, substitute, trace
 
-        def drawn(key):
+        def posterior():
             shapes = jax.eval_shape(self.start, self.weights)
-            return self.sample(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), key)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        return depends(drawn, jax.eval_shape(jax.random.key, 0))
+        def trained(key):
+            with unvalidated():
+                guide = substitute(seed(self.guide, key), data=self.constrained(posterior()))
+                return trace(guide).get_trace()["weights"]["value"]
+
+        key = jax.eval_shape(jax.random.key, 0)
+        return depends(trained, key) and depends(lambda key: self.sample(posterior(), key), key)
 
 
 def unvalidated():
@@ -89,7 +110,7 @@ def unvalidated():
 def family(model: Model, selection: Selection, prior, guide, initial_scale) -> Family:
     """Prior and guide of the chosen weights; looks at shapes alone."""
     import numpyro  # heavy: only those who use it pay for it
-    from numpyro.distributions import biject_to, constraints
+    from numpyro.distributions import Distribution, biject_to, constraints
     from numpyro.handlers import seed, trace
     from numpyro.infer import init_to_uniform, init_to_value
 
@@ -101,19 +122,28 @@ def family(model: Model, selection: Selection, prior, guide, initial_scale) -> F
 
     def flat(chosen):
         vector, function = ravel_pytree(chosen)
-        unravel.append(_by_parts(function))
+        unravel.append(function)
         return vector
 
     weights = jax.eval_shape(flat, chosen)
     size = weights.size
+    if not size:
+        raise ValueError(
+            "`subset` must choose at least one weight, got a part of the network without any. Pass keys that lead to some, "
+            "such as `last_layer(model)`, or None for all parameters."
+        )
     distribution = prior(chosen)
+    if not isinstance(distribution, Distribution):
+        raise TypeError(
+            f"`prior` must give one of NumPyro's distributions, got {type(distribution).__name__}. Pass "
+            "`priors.normal(1.0)`, or return such as `dist.Laplace(0.0, 1.0).expand((size,)).to_event(1)`."
+        )
     if distribution.batch_shape or distribution.event_shape != (size,):
         raise ValueError(
             f"`prior` must give a distribution with event shape ({size},), one vector of all weights, got batch shape "
             f"{distribution.batch_shape} and event shape {distribution.event_shape}. Use `.expand(({size},)).to_event(1)`."
         )
     joint = lambda: numpyro.sample("weights", distribution)
-    settings = {"init_scale": initial_scale}
     constraint: dict[str, Any] = {}
 
     def parameters(guide, key):
@@ -125,22 +155,24 @@ def family(model: Model, selection: Selection, prior, guide, initial_scale) -> F
 
     # The guide inspects the prior at its first call: abstractly at once, eagerly in seconds. The values that this one finds
     # are never used; those of `start` come from the network's own weights.
-    ready = guide(joint, init_loc_fn=init_to_uniform, **settings)
+    ready = guides.made(guide, joint, init_loc_fn=init_to_uniform, init_scale=initial_scale)
     jax.eval_shape(lambda key: parameters(ready, key), key)
 
     @jax.jit
     def start(weights):
-        fresh = guide(joint, init_loc_fn=init_to_value(values={"weights": weights}), **settings)
+        around: Any = init_to_value(values={"weights": float32_or_wider(weights)})
+        fresh = guides.made(guide, joint, init_loc_fn=around, init_scale=initial_scale)
         return parameters(fresh, jax.random.key(0))
 
     outside = _read(selection.put, params, places, chosen)
     return Family(selection, joint, ready, start, constraint, params, outside, weights, unravel[0])
 
 
-def _by_parts(unravel: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
+def by_parts(unravel: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
     """`unravel`, whose derivative writes the leaves' into one vector in turn.
 
     Its own concatenates them, in one loop on CPU that asks of every weight which leaf it is of: 0.1 to 10 ms for 200,000.
+    For training alone: it has no forward mode.
     """
 
     @jax.custom_vjp

@@ -27,8 +27,9 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
     `nnx.Conv` layers run on `convolution`, fast in loops on CPU, unless they were given a function of their own.
 
     Layers may go further: the nats that a method `penalty()` of any of them gives after a training pass are added up as the
-    model's penalty; an attribute `each_row` is True in training alone, where noise may differ from row to row; and all
-    streams of tag `NETWORK` have the same key, so that layers can draw one thing for the whole network.
+    model's penalty; an attribute `noise_rows` that is None holds the number of rows of the batch in training alone, where
+    noise may differ from row to row; and all streams of tag `NETWORK` have the same key, so that layers can draw one thing
+    for the whole network.
 
     Args:
         build: `nnx.Rngs -> module`, called afresh for every initialisation.
@@ -38,9 +39,9 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
         Model whose `params` are the module's `nnx.Param` values as nested dicts, and `stats` all other variables.
 
     Raises:
-        ValueError: at `apply`, for a key given to a network that draws no random numbers. At `features`, for a `head`
-            that is no layer of the module, is not called once and with an array (batch, features) alone, draws random
-            numbers, or is not what gives the outputs.
+        ValueError: at `apply`, for a key given to a network that draws no random numbers; at every pass, for random streams
+            of several keys, as `nnx.vmap` makes them. At `features`, for a `head` that is no layer of the module, is not
+            called once and with an array (batch, features) alone, draws random numbers, or is not what gives the outputs.
     """
     from flax import nnx
 
@@ -96,9 +97,11 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
         key = jax.random.key(0) if key is None else key
 
         def seeded(place, leaf, tag):
+            if leaf.shape:
+                raise _stacked(leaf.shape)
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return jax.random.fold_in(key, len(leaves) if tag == NETWORK else place)
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return jnp.zeros((), leaf.dtype)
 
         return jax.tree.unflatten(structure, map(seeded, range(len(leaves)), leaves, tags))
 
@@ -129,9 +132,14 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
 
     def train(variables: Variables, inputs, key: Key):
         module = module_with(variables, key)
-        module.train(each_row=True)
+        module.train()
+        layers: list[Any] = [layer for _, layer in nnx.iter_modules(module)]
+        for layer in layers:
+            if getattr(layer, "noise_rows", 0) is None:
+                layer.noise_rows = jax.tree.leaves(inputs)[0].shape[0]
         outputs = module(inputs)
-        penalties = [layer.penalty() for _, layer in nnx.iter_modules(module) if hasattr(layer, "penalty")]
+        # methods alone: an attribute of that name is the user's own
+        penalties = [layer.penalty() for layer in layers if callable(getattr(type(layer), "penalty", None))]
         return outputs, nnx.to_pure_dict(parts(module)[3]), sum(penalties[1:], penalties[0]) if penalties else 0.0
 
     def taps(variables: Variables, inputs, zeros):
@@ -335,6 +343,13 @@ def from_linen(
         return layer.apply(own, features)
 
     return Model(init, apply, train_pass, features, apply_head, (head,), taps)
+
+
+def _stacked(shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"`build` must give a module whose random streams have one key each, got a stream of shape {shape}, as layers "
+        "stacked by `nnx.vmap` have. Build them one by one, in an `nnx.List`."
+    )
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def convnet(
             `dropout_layer`.
         batch_norm: normalise before every ReLU.
         dense: `(in_features, out_features, *, rngs) -> layer` for the dense layers, such as `variational_dense`; None =
-            `nnx.Linear`.
+            `nnx.Linear`. Of layers that draw numbers the head is one: `features` with a key raises.
         conv: `(in_features, out_features, kernel_size, *, padding, rngs) -> layer`, such as `variational_conv`; None =
             `nnx.Conv`.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from bayescal.models.dropout import Rate, carried, check_dropout, has_dropout, scaled_mask, value_of
+from bayescal.models.dropout import Rate, carried, check_dropout, has_dropout, own_stream, scaled_mask, value_of
 
 
 def drop_connect(layer: Any, *, rate: Rate, rngs):
@@ -22,20 +22,23 @@ def drop_connect(layer: Any, *, rate: Rate, rngs):
     are as unbiased and vary more. With a key at prediction a draw has one mask, without one the kernel is whole: its mean.
 
     Args:
-        layer: `nnx.Linear`, `nnx.Conv`, or what else has a `kernel`.
+        layer: `nnx.Linear`, `nnx.Conv`, or what else has an `nnx.Param` of its own named `kernel`.
         rate: share of weights that are dropped, in [0, 1); may be traced, as that of `dropout_layer`: an array is a leaf of
             `Variables.stats`, and outside [0, 1) gives NaN.
-        rngs: `nnx.Rngs`.
+        rngs: `nnx.Rngs` or one of its streams.
 
     Raises:
-        TypeError: for a layer without a kernel.
+        TypeError: for a layer without such a kernel, or other `rngs`.
         ValueError: for a rate outside [0, 1), or more than one.
     Source: Wan et al. 2013 (recalled), who at prediction draw outputs from a normal of the same moments instead.
     """
-    if not hasattr(layer, "kernel"):
+    from flax import nnx
+
+    # a `kernel` computed from other parameters could not be found, and so masked, among the layer's variables
+    if not isinstance(getattr(layer, "__dict__", {}).get("kernel"), nnx.Param):
         raise TypeError(
-            f"`layer` must have a `kernel`, as `nnx.Linear` and `nnx.Conv` do, got {type(layer).__name__}. Wrap the layers "
-            "that have weights, one by one."
+            "`layer` must have an `nnx.Param` named `kernel`, as `nnx.Linear` and `nnx.Conv` do, got "
+            f"{type(layer).__name__}. Wrap the layers that have weights, one by one."
         )
     check_dropout(rate, name="rate")
     return _module()(layer, rate, rngs)
@@ -48,7 +51,7 @@ def _module():
     class DropConnect(nnx.Module):
         def __init__(self, layer, rate, rngs):
             self.layer, self.rate, self.random = layer, carried(rate), has_dropout(rate)
-            self.rngs = rngs["dropout"].fork()
+            self.rngs = own_stream(rngs)
             self.deterministic = False
 
         def __call__(self, inputs):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from numbers import Real
 from typing import Any
 
 import jax
@@ -17,13 +18,20 @@ Rate = float | Float[Array, ""]
 
 def check_dropout(rate: Rate, *, name: str = "dropout") -> None:
     """Raises unless `rate` is one number in [0, 1); the value of a traced one cannot be checked."""
-    if jnp.shape(rate) != ():
-        raise ValueError(
-            f"`{name}` must be one rate, got shape {jnp.shape(rate)}. In `ensemble` each member's builder is given its "
-            "own entry of the settings."
-        )
+    check_number(rate, name, "rate")
     if not isinstance(rate, Tracer) and not 0 <= float(rate) < 1:  # a comparison of arrays would be traced inside jit
         raise ValueError(f"`{name}` must be a rate in [0, 1), got {rate!r}. It is the share that is dropped.")
+
+
+def check_number(value: Any, name: str, noun: str = "number") -> None:
+    """Raises unless `value` is one number, which may be an array and traced."""
+    shape = np.shape(value)
+    if shape or not isinstance(value, (Real, jax.Array, np.ndarray)):
+        got = f"shape {shape}" if shape else repr(value)
+        raise ValueError(
+            f"`{name}` must be one {noun}, got {got}. In `ensemble` each member's builder is given its own entry of the "
+            "settings."
+        )
 
 
 def has_dropout(rate: Rate) -> bool:
@@ -41,6 +49,26 @@ def carried(setting: Rate) -> Any:
 def value_of(setting: Any) -> Any:
     """What `carried` was given."""
     return setting if isinstance(setting, float) else setting[...]
+
+
+def own_stream(rngs: Any):
+    """A random stream of the layer's own.
+
+    Args:
+        rngs: `nnx.Rngs` or one of its streams.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    from flax import nnx
+
+    stream = rngs["dropout"] if isinstance(rngs, nnx.Rngs) else rngs
+    if not isinstance(stream, nnx.RngStream):
+        raise TypeError(
+            f"`rngs` must be `nnx.Rngs` or one of its streams, got {type(rngs).__name__}. Pass on the `rngs` that your "
+            "network is built with."
+        )
+    return stream.fork()
 
 
 def scaled_mask(key: Key, rate: Rate, shape: Sequence[int], dtype) -> jax.Array:

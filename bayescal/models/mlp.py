@@ -39,7 +39,8 @@ def mlp(
         dropout: rate after every hidden layer, in [0, 1); may be traced, see `dropout_layer`.
         batch_norm: normalise before every ReLU.
         dense: `(in_features, out_features, *, rngs) -> layer` of flax nnx for every layer, such as `variational_dense`;
-            None = dense layers as plain functions.
+            None = dense layers as plain functions. Of layers that draw numbers the head is one: `features` with a key
+            raises.
 
     Raises:
         ValueError: for a dropout rate outside [0, 1).

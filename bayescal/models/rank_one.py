@@ -1,20 +1,28 @@
 """Dense layers and convolutions with rank-one posteriors of several components, for flax nnx networks."""
 
-from collections.abc import Sequence
 from functools import cache
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float
 
 from bayescal.models.adapters import NETWORK
-from bayescal.types import Array, PyTree
+from bayescal.models.dropout import carried, value_of
+from bayescal.models.random_weights import (
+    Padding,
+    Scale,
+    Window,
+    as_rows,
+    check_scales,
+    convolution_product,
+    kl_from_prior,
+    normal,
+)
+from bayescal.types import PyTree
 
-_VECTORS = ("input_mean", "input_raw_scale", "output_mean", "output_raw_scale")
+_VECTORS = ("input_mean", "input_log_scale", "output_mean", "output_log_scale")
 
 
 def rank_one_dense(
@@ -23,9 +31,9 @@ def rank_one_dense(
     *,
     rngs,
     num_components: int = 4,
-    component_scale: float | Float[Array, ""] = 0.5,
-    prior_scale: float | Float[Array, ""] = 0.1,
-    initial_scale: float | Float[Array, ""] = 0.03,
+    component_scale: Scale = 0.5,
+    prior_scale: Scale = 0.1,
+    initial_scale: Scale = 0.03,
     use_bias: bool = True,
 ):
     """((x * r) @ kernel) * s + bias_k with q(r, s) = mean_k Normal(mean_k, scale_k^2), the components tied through the network.
@@ -37,8 +45,9 @@ def rank_one_dense(
     mean_k KL[q_k || Normal(1, prior_scale^2)] in nats, NumPyro's closed form. The KL is convex, so that this is an upper
     bound on the mixture's own KL; over the whole network it is too large by at most log(num_components).
 
-    All layers are in the same component. In training the rows of a batch (the leading axis, in every layer) are shared out
-    among components evenly and at random, and each row draws its own r and s: unbiased for the same bound, at one random
+    All layers are in the same component. In training the rows of a batch are shared out among components evenly and at random,
+    so that the leading axis must be that of the batch in every layer: do not reshape rows of many places to (batch * places,
+    features), which a layer takes as they are. Each row draws its own r and s: unbiased for the same bound, at one random
     number a row and feature. With a key else, component and vectors are drawn once for all rows; without one the kernel is
     the mean of kernel * r sᵀ, exact for one layer. Predictions of `bayes_by_backprop` take the components in turn.
 
@@ -58,12 +67,13 @@ def rank_one_dense(
         component_scale: standard deviation around 1 of the entries of r_k and s_k at the start; 0 makes components alike,
             and is refused for several.
         prior_scale: standard deviation of the prior of every entry of r and s, whose mean is 1. An array, such as a member's
-            own setting, becomes a variable of the layer, in `Variables.stats`.
+            own setting, becomes a leaf of `Variables.stats`; a traced one that is not positive gives NaN.
         initial_scale: standard deviation of their posterior at the start.
         use_bias: whether there are biases.
 
     Raises:
-        ValueError: for fewer than one component, or scales that are not positive.
+        ValueError: for fewer than one component, or scales that are not positive and finite; at the call, for inputs without
+            a batch axis, and in training for another number of rows than the network was given.
     Source: Dusenberry et al. 2020 (prior and start recalled); Wen et al. 2020 (BatchEnsemble).
     """
     settings = _checked(num_components, component_scale, prior_scale, initial_scale, use_bias)
@@ -73,15 +83,15 @@ def rank_one_dense(
 def rank_one_conv(
     in_features: int,
     out_features: int,
-    kernel_size: Sequence[int],
+    kernel_size: Window,
     *,
     rngs,
-    strides: Sequence[int] | int = 1,
-    padding: str | Sequence[tuple[int, int]] = "SAME",
+    strides: Window | None = 1,
+    padding: Padding = "SAME",
     num_components: int = 4,
-    component_scale: float | Float[Array, ""] = 0.5,
-    prior_scale: float | Float[Array, ""] = 0.1,
-    initial_scale: float | Float[Array, ""] = 0.03,
+    component_scale: Scale = 0.5,
+    prior_scale: Scale = 0.1,
+    initial_scale: Scale = 0.03,
     use_bias: bool = True,
 ):
     """conv(x * r, kernel) * s + bias_k, r and s a number a channel: (batch, ..., in_features) -> (batch, ..., out_features).
@@ -90,27 +100,16 @@ def rank_one_conv(
 
     Args:
         in_features, out_features: channels.
-        kernel_size: of the window, a number an axis of the image.
+        kernel_size, strides, padding: as of `nnx.Conv`.
         rngs: `nnx.Rngs`.
-        strides, padding: as of `nnx.Conv`.
         num_components, component_scale, prior_scale, initial_scale, use_bias: as of `rank_one_dense`.
 
     Raises:
-        ValueError: for fewer than one component, or scales that are not positive.
+        ValueError: as of `rank_one_dense`.
     Source: Dusenberry et al. 2020; Wen et al. 2020.
     """
-    from bayescal.models.convolution import convolution
-
     settings = _checked(num_components, component_scale, prior_scale, initial_scale, use_bias)
-    size = tuple(kernel_size)
-    strides = (strides,) * len(size) if isinstance(strides, int) else tuple(strides)
-    spatial = "".join("HWD"[: len(size)])
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-
-    def product(inputs, kernel):
-        return convolution(inputs, kernel, strides, padding, dimension_numbers=numbers)
-
-    return _module()((*size, in_features, out_features), product, settings, rngs)
+    return _module()(*convolution_product(in_features, out_features, kernel_size, strides, padding), settings, rngs)
 
 
 def num_components(params: PyTree) -> int:
@@ -166,66 +165,59 @@ def _module():
         def __init__(self, shape, product, settings, rngs):
             *_, width, out_width = shape
             number = settings["num_components"]
-            initial = jnp.float32(settings["initial_scale"])
-            raw_scale = initial + jnp.log(-jnp.expm1(-initial))  # softplus's inverse
+            log_scale = jnp.log(jnp.float32(settings["initial_scale"]))
             self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
             parts = {}
             for side, size in (("input", width), ("output", out_width)):
                 normal = jax.random.normal(rngs.params(), (number, size), jnp.float32)
                 parts[f"{side}_mean"] = 1 + settings["component_scale"] * normal
-                parts[f"{side}_raw_scale"] = jnp.full((number, size), raw_scale)
+                parts[f"{side}_log_scale"] = jnp.full((number, size), log_scale)
             if settings["use_bias"]:
                 parts["bias"] = jnp.zeros((number, out_width), jnp.float32)
             self.components = nnx.Dict({name: nnx.Param(x) for name, x in parts.items()})
-            prior_scale = settings["prior_scale"]
-            own = isinstance(prior_scale, (jax.Array, np.ndarray))
-            self.prior_scale = nnx.Variable(jnp.asarray(prior_scale, jnp.float32)) if own else prior_scale
-            self.product = product
+            self.prior_scale, self.product = carried(settings["prior_scale"]), product
             self.rngs = rngs["noise"].fork()
             self.network = nnx.RngStream(rngs["noise"].key[...], tag=NETWORK)
-            self.deterministic, self.each_row = False, False
-
-        def scale(self, side):
-            return jax.nn.softplus(self.components[f"{side}_raw_scale"][...])
+            self.deterministic, self.noise_rows = False, None
 
         def posterior(self, side):
             """NumPyro's distribution of r ("input") or s ("output") in each component."""
-            import numpyro.distributions as dist
-
-            return dist.Normal(self.components[f"{side}_mean"][...], self.scale(side))
+            return normal(self.components[f"{side}_mean"][...], self.components[f"{side}_log_scale"][...])
 
         def penalty(self):
             """mean_k KL[q_k || prior], nats."""
-            import numpyro.distributions as dist
-
-            own = isinstance(self.prior_scale, nnx.Variable)
-            prior = dist.Normal(1.0, self.prior_scale[...] if own else self.prior_scale)
-            nats = [dist.kl_divergence(self.posterior(side), prior).sum() for side in ("input", "output")]
+            prior_scale = value_of(self.prior_scale)
+            nats = [kl_from_prior(self.posterior(side), 1.0, prior_scale) for side in ("input", "output")]
             return (nats[0] + nats[1]) / self.components["input_mean"].shape[0]
 
         def __call__(self, inputs):
             kernel, parts = self.kernel[...], {name: x[...] for name, x in self.components.items()}
-            inputs = jnp.asarray(inputs, jnp.result_type(inputs, kernel))
+            inputs = as_rows(inputs, kernel)
             number = parts["input_mean"].shape[0]
             if self.deterministic:
                 pairs = jnp.einsum("ki,ko->io", parts["input_mean"], parts["output_mean"], precision="highest")
                 outputs = self.product(inputs, kernel * (pairs / number))
                 return outputs + parts["bias"].mean(0) if "bias" in parts else outputs
 
+            if self.noise_rows not in (None, inputs.shape[0]):
+                raise _other_rows(self.noise_rows, inputs.shape)
             self.rngs()  # counted: a pass that draws
             # not the counted keys, or a layer called twice would be two layers, in two components
-            component = _components(self.network.key[...], number, inputs.shape[0] if self.each_row else None)
+            component = _components(self.network.key[...], number, self.noise_rows)
+            # a product, since the derivative of indexing adds rows up in any order on accelerators
+            chosen = jax.nn.one_hot(component, number, dtype=kernel.dtype)
+            of_rows = lambda x: jnp.matmul(chosen, x, precision="highest")
             input_key, output_key = jax.random.split(self.rngs.key[...])
 
             def everywhere(x):
                 return x.reshape(x.shape[0], *(1,) * (inputs.ndim - 2), x.shape[-1])
 
             def drawn(side, key):
-                mean, scale = parts[f"{side}_mean"][component], self.scale(side)[component]
+                mean, scale = of_rows(parts[f"{side}_mean"]), of_rows(jnp.exp(parts[f"{side}_log_scale"]))
                 return everywhere(mean + scale * jax.random.normal(key, mean.shape, mean.dtype))
 
             outputs = self.product(inputs * drawn("input", input_key), kernel) * drawn("output", output_key)
-            return outputs + everywhere(parts["bias"][component]) if "bias" in parts else outputs
+            return outputs + everywhere(of_rows(parts["bias"])) if "bias" in parts else outputs
 
     return RankOneLayer
 
@@ -233,11 +225,18 @@ def _module():
 def _components(key: jax.Array, number: int, rows: int | None) -> jax.Array:
     """The component of every row, each as often as the others (but one row); for `rows=None` that of all rows, (1,)."""
     if number == 1:
-        return jnp.zeros(rows or 1, jnp.int32)
+        return jnp.zeros(1 if rows is None else rows, jnp.int32)
     order_key, shift_key = jax.random.split(key)
     # where rows do not divide by the number, some component has one row more: which one must be left to chance
     shift = jax.random.randint(shift_key, (1,), 0, number)
     return shift if rows is None else (jax.random.permutation(order_key, rows) + shift) % number
+
+
+def _other_rows(rows: int, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"`inputs` of every rank-one layer must have the {rows} rows of the batch in training, got shape {shape}, since each "
+        "row is in one component through the whole network. Keep the batch as the leading axis: (batch, ..., features)."
+    )
 
 
 def _checked(number, component_scale, prior_scale, initial_scale, use_bias) -> dict[str, Any]:
@@ -247,10 +246,7 @@ def _checked(number, component_scale, prior_scale, initial_scale, use_bias) -> d
             f"`num_components` must be a whole number of at least 1, got {number!r}. 4 is usual, 1 a rank-one normal posterior."
         )
     scales = {"prior_scale": prior_scale, "initial_scale": initial_scale, "component_scale": component_scale}
-    for name, value in scales.items():
-        alone = name == "component_scale" and int(number) == 1
-        if np.shape(value) or (not isinstance(value, Tracer) and not (value > 0 or (alone and value == 0))):
-            raise ValueError(
-                f"`{name}` must be one positive number, got {value!r}. It is a standard deviation of the entries of r and s."
-            )
+    alone = int(number) == 1 and isinstance(component_scale, Real) and component_scale == 0
+    checked = {name: value for name, value in scales.items() if not (alone and name == "component_scale")}
+    check_scales("the entries of r and s", **checked)
     return {**scales, "num_components": int(number), "use_bias": use_bias}

@@ -1,17 +1,26 @@
 """Dense layers and convolutions whose kernel has a normal posterior, for flax nnx networks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Float
 
+from bayescal.models.dropout import carried, value_of
+from bayescal.models.random_weights import (
+    Padding,
+    Product,
+    Scale,
+    Window,
+    as_rows,
+    check_scales,
+    convolution_product,
+    kl_from_prior,
+    normal,
+)
 from bayescal.types import Array, Key
 
-Product = Callable[[Array, Array], jax.Array]
 Estimator = Callable[[Key, Array, Array, Array, Product], jax.Array]
 
 
@@ -89,16 +98,26 @@ def variational_dense(
     *,
     rngs,
     estimator: Estimator = local_reparametrisation,
-    prior_scale: float | Float[Array, ""] = 1.0,
-    initial_scale: float | Float[Array, ""] = 0.01,
+    prior_scale: Scale = 1.0,
+    initial_scale: Scale = 0.01,
     use_bias: bool = True,
 ):
-    """x @ kernel + bias with q(kernel) = Normal(mean, scale^2) weight by weight: (..., in_features) -> (..., out_features).
+    """x @ kernel + bias with q(kernel) = Normal(mean, scale^2) weight by weight.
+
+    (batch, ..., in_features) -> (batch, ..., out_features), where every row of the batch may have noise of its own.
 
     For `from_nnx`, or `dense=` of `models.mlp` and its like; trained by `bayes_by_backprop` (or `map_estimate` with
     `num_data`), since `penalty()` is KL[q || Normal(0, prior_scale^2)] in nats, NumPyro's closed form. With a key the
     kernel is drawn once for all rows, also where the layer is called twice; without one it is the mean. The bias is a point
     estimate.
+
+    The prior is the decay of the mean and pulls the scale to `prior_scale`. Weight decay would pull the scale to 1 as well,
+    since what is trained is `log_scale`; keep both out of it:
+
+        mask = lambda params: jax.tree.map_with_path(
+            lambda path, _: not {"mean", "log_scale"} & {getattr(step, "key", None) for step in path}, params
+        )
+        optimizer = optax.adamw(1e-3, mask=mask)
 
     Args:
         in_features, out_features: numbers per row.
@@ -107,13 +126,12 @@ def variational_dense(
             (batch, in_features), not the bound: `local_reparametrisation`, `flipout`, `shared_noise`, or your own
             `(key, inputs, mean, scale, product) -> outputs`.
         prior_scale: standard deviation of the prior of every weight. An array, such as a member's own setting, becomes a
-            leaf of `Variables.stats`.
-        initial_scale: standard deviation of the posterior at the start; its mean starts as that of `nnx.Linear`. What is
-            trained is `log_scale`.
+            leaf of `Variables.stats`; the value of a traced one cannot be checked, and gives NaN where it is not positive.
+        initial_scale: standard deviation of the posterior at the start; its mean starts as that of `nnx.Linear`.
         use_bias: whether there is a bias.
 
     Raises:
-        ValueError: for scales that are not one positive number.
+        ValueError: for scales that are not one positive finite number; at the call, for inputs of fewer than two axes.
         TypeError: for an estimator that is not a function.
     Source: Blundell et al. 2015.
     """
@@ -125,14 +143,14 @@ def variational_dense(
 def variational_conv(
     in_features: int,
     out_features: int,
-    kernel_size: Sequence[int],
+    kernel_size: Window,
     *,
     rngs,
-    strides: Sequence[int] | int = 1,
-    padding: str | Sequence[tuple[int, int]] = "SAME",
+    strides: Window | None = 1,
+    padding: Padding = "SAME",
     estimator: Estimator = flipout,
-    prior_scale: float | Float[Array, ""] = 1.0,
-    initial_scale: float | Float[Array, ""] = 0.01,
+    prior_scale: Scale = 1.0,
+    initial_scale: Scale = 0.01,
     use_bias: bool = True,
 ):
     """Convolution with q(kernel) = Normal(mean, scale^2): (batch, ..., in_features) -> (batch, ..., out_features).
@@ -142,29 +160,17 @@ def variational_conv(
 
     Args:
         in_features, out_features: channels.
-        kernel_size: of the window, a number an axis of the image.
+        kernel_size, strides, padding: as of `nnx.Conv`.
         rngs: `nnx.Rngs`.
-        strides: of the window, one number or one an axis.
-        padding: "SAME", "VALID", or (before, after) of each axis.
         estimator, prior_scale, initial_scale, use_bias: as of `variational_dense`.
 
     Raises:
-        ValueError: for scales that are not one positive number.
+        ValueError: for scales that are not one positive finite number; at the call, for inputs without a batch axis.
         TypeError: for an estimator that is not a function.
     Source: Blundell et al. 2015; for convolutions Wen et al. 2018.
     """
-    from bayescal.models.convolution import convolution
-
     _check(estimator, prior_scale, initial_scale)
-    size = tuple(kernel_size)
-    steps = (strides,) * len(size) if isinstance(strides, int) else tuple(strides)
-    spatial = "HWD"[: len(size)]
-    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-
-    def product(inputs, kernel):
-        return convolution(inputs, kernel, steps, padding, dimension_numbers=layout)
-
-    shape = (*size, in_features, out_features)
+    shape, product = convolution_product(in_features, out_features, kernel_size, strides, padding)
     return _module()(shape, product, estimator, prior_scale, initial_scale, use_bias, rngs)
 
 
@@ -177,35 +183,28 @@ def _module():
             self.mean = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
             self.log_scale = nnx.Param(jnp.log(jnp.full(shape, initial_scale, jnp.float32)))
             self.bias = nnx.Param(jnp.zeros(shape[-1], jnp.float32)) if use_bias else None
-            own = isinstance(prior_scale, (jax.Array, np.ndarray))
-            self.prior_scale = nnx.Variable(jnp.asarray(prior_scale, jnp.float32)) if own else prior_scale
+            self.prior_scale = carried(prior_scale)
             self.product, self.estimator = product, estimator
             self.rngs = rngs["noise"].fork()
-            self.deterministic, self.each_row = False, False
+            self.deterministic, self.noise_rows = False, None
 
         def posterior(self):
             """NumPyro's distribution of the kernel."""
-            import numpyro.distributions as dist
-
-            return dist.Normal(self.mean[...], jnp.exp(self.log_scale[...]))
+            return normal(self.mean[...], self.log_scale[...])
 
         def penalty(self):
             """KL[q || prior], nats."""
-            import numpyro.distributions as dist
-
-            own = isinstance(self.prior_scale, nnx.Variable)
-            prior = dist.Normal(0.0, self.prior_scale[...] if own else self.prior_scale)
-            return dist.kl_divergence(self.posterior(), prior).sum()
+            return kl_from_prior(self.posterior(), 0.0, value_of(self.prior_scale))
 
         def __call__(self, inputs):
             mean, scale = self.mean[...], jnp.exp(self.log_scale[...])
-            inputs = jnp.asarray(inputs, jnp.result_type(inputs, mean))  # squares and signs of pixels are no pixels
+            inputs = as_rows(inputs, mean)
             if self.deterministic:
                 outputs = self.product(inputs, mean)
             else:
                 self.rngs()  # counted: a pass that draws
                 key = self.rngs.key[...]  # not the counted one, or a layer called twice would have two kernels
-                draw = self.estimator if self.each_row else shared_noise
+                draw = shared_noise if self.noise_rows is None else self.estimator
                 outputs = draw(key, inputs, mean, scale, self.product)
             return outputs if self.bias is None else outputs + self.bias[...]
 
@@ -219,8 +218,9 @@ def _deviation(key, mean, scale):
 def _signed(key, x):
     """Under one random sign a row and feature, the same at all places of a row; a random number has 32 of them."""
     rows, features = x.shape[0], x.shape[-1]
-    bits = jax.random.bits(key, (rows, -(-features // 32), 1), jnp.uint32) >> jnp.arange(32, dtype=jnp.uint32)
-    signs = 1 - 2 * (bits & 1).astype(x.dtype).reshape(rows, -1)[:, :features]
+    words = -(-features // 32)
+    bits = jax.random.bits(key, (rows, words, 1), jnp.uint32) >> jnp.arange(32, dtype=jnp.uint32)
+    signs = 1 - 2 * (bits & 1).astype(x.dtype).reshape(rows, 32 * words)[:, :features]
     return x * signs.reshape(rows, *(1,) * (x.ndim - 2), features)
 
 
@@ -230,8 +230,4 @@ def _check(estimator, prior_scale, initial_scale) -> None:
             f"`estimator` must be a function, got {estimator!r}. Pass `models.local_reparametrisation`, `models.flipout`, "
             "`models.shared_noise` or your own."
         )
-    for name, value in (("prior_scale", prior_scale), ("initial_scale", initial_scale)):
-        if np.shape(value) or (not isinstance(value, Tracer) and not value > 0):
-            raise ValueError(
-                f"`{name}` must be one positive number, got {value!r}. It is a standard deviation of every weight."
-            )
+    check_scales("every weight", prior_scale=prior_scale, initial_scale=initial_scale)

@@ -194,7 +194,8 @@ def _names(view: View, own) -> dict[str, str]:
     path = view.selection.path
     if path is None:
         raise ValueError(
-            "`subset` must be whole layers for `kronecker()`, got a part of them. Use `full()` or `diagonal()` for those."
+            "`subset` must be the keys of one sub-tree for `kronecker()`, such as `last_layer(model)`, got a selection of "
+            "leaves or weights. Pass those keys, or use `full()` or `diagonal()`."
         )
     return {name: "/".join([*map(str, path), *([name] if name else [])]) for name in own}
 
