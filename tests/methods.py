@@ -196,5 +196,5 @@ def posteriors(net, adam):
 FULL_BATCH = ("nuts", "mclmc")  # see all rows at every update
 NEW = (*layered(None, None), *posteriors(None, None))
 ENSEMBLED = ("tethered", "variational", *NEW)  # as an ensemble of three
-FAST = ("bayes_by_backprop", "rank_one", "laplace", "swag", "sgld", "nuts", "ivon")
+FAST = ("bayes_by_backprop", "laplace", "swag", "sgld", "nuts", "ivon")
 SLOW = tuple(name for name in NEW if name not in FAST)

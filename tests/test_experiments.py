@@ -93,7 +93,7 @@ def stored(data):
     return data
 
 
-@pytest.mark.parametrize("data", ["digits", "fashion"])
+@pytest.mark.parametrize("data", ["digits", pytest.param("fashion", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_figures_and_says_so(data, tmp_path, monkeypatch):
     """The run dies after its training, which gave the bits that another run gave; the same command goes on from there to
     figures that are the same to the last digit, and the folder shows it."""

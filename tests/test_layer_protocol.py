@@ -321,9 +321,10 @@ def test_scales_on_the_member_axis(key):
 
     settings = {"prior": jnp.array([0.5, 2.0]), "initial": jnp.array([0.1, 0.2]), "temperature": jnp.array([1.0, 0.1])}
     method = bc.ensemble(build, settings=settings)
-    state = method.init(key, None)
     with jax.checking_leaks():
-        fitted = bc.fit(method, blobs(), key, epochs=1, batch_size=30, start=state, progress=False)
+        jax.eval_shape(method.init, key, None)
+    state = method.init(key, None)
+    fitted = bc.fit(method, blobs(), key, epochs=1, batch_size=30, start=state, progress=False)
     np.testing.assert_array_equal(fitted.state.members.variables.stats["head"]["prior_scale"], settings["prior"])
     np.testing.assert_allclose(fitted.history["temperature"][0], settings["temperature"], rtol=1e-6)
     for m in range(2):
