@@ -312,6 +312,7 @@ def test_jit_changes_nothing(estimator, key):
         jax.tree.map(close, jax.jit(call)(variables, rows(5), key), call(variables, rows(5), key))
 
 
+@pytest.mark.slow
 def test_scales_on_the_member_axis(key):
     """A member's own prior is carried in its statistics, where the KL finds it."""
 

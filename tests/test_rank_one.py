@@ -198,6 +198,7 @@ def test_gradient_is_unbiased(key):
     assert count == 21
 
 
+@pytest.mark.slow
 def test_a_convnet_trains_and_once_cut_off_goes_on_to_the_same_bits(key, tmp_path):
     of = lambda build: partial(build, num_components=2)
     model = bc.models.convnet((4, 4, 1), (3,), 6, 3, dense=of(rank_one_dense), conv=of(rank_one_conv))

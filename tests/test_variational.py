@@ -289,6 +289,7 @@ def test_without_a_key_it_is_the_mean_network(key, guide):
     np.testing.assert_allclose(drawn.std(0), deviation, rtol=4 / np.sqrt(2 * 4000))
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_guides(key):
     """Members, on devices of their own, are the lone runs; their posteriors differ, and all draws are pooled."""
     lone = classes(model=pure_model(), guide=bc.guides.full)
@@ -303,6 +304,7 @@ def test_an_ensemble_of_guides(key):
     assert bc.predict(method, fitted.state, blobs().inputs, key).logits.shape == (6, 30, 3)
 
 
+@pytest.mark.slow
 def test_settings_on_the_member_axis(key):
     """Prior scale, initial scale and temperature may be a member's own."""
     build = lambda own: classes(
