@@ -26,9 +26,9 @@ def linear(optimizer, guide=None, num_draws=2, **settings):
     )
 
 
-def decaying(hold):
+def decaying(hold, over=200):
     """Adam whose rate falls as 1 / step after `hold` steps, the fastest that still averages the noise of the draws away."""
-    return optax.adam(lambda step: 0.01 / (1 + jnp.maximum(step - hold, 0) / 200))
+    return optax.adam(lambda step: 0.01 / (1 + jnp.maximum(step - hold, 0) / over))
 
 
 def settled(method, steps, batch_size, key):
@@ -84,13 +84,15 @@ GUIDES = {"mean field": bc.guides.normal, "full": bc.guides.full, "low rank": bc
         pytest.param("full", 60, 600_000, 20_000, marks=pytest.mark.slow),
         pytest.param("full", 50, 600_000, 20_000, marks=pytest.mark.slow),
         ("low rank", ROWS, 120_000, 20_000),
-        pytest.param("low rank", 50, 600_000, 60_000, marks=pytest.mark.slow),
+        pytest.param("low rank", 50, 600_000, 10_000, marks=pytest.mark.slow),
     ],
 )
 def test_a_guide_finds_the_exact_optimum(key, name, batch_size, steps, hold):
     """Guides that hold the posterior find it; the mean-field one its mean and 1 / diagonal of its precision: to 2 %."""
     exact = exact_posterior(linear_data())
-    state = settled(linear(decaying(hold), GUIDES[name]), steps, batch_size, key)
+    # the low rank has many factors of one covariance to wander among: of batches its rate must fall more slowly
+    over = 1000 if (name, batch_size) == ("low rank", 50) else 200
+    state = settled(linear(decaying(hold, over), GUIDES[name]), steps, batch_size, key)
     mean, covariance = moments(state)
     wanted = np.diag(1 / np.diag(exact.precision)) if name == "mean field" else exact.covariance
     assert apart(mean, exact.mean) < 0.02

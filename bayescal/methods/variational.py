@@ -108,14 +108,8 @@ def update(
 
 def draw(state: VariationalState, key: Key | None, family: Family) -> Variables:
     """One network from the posterior; None = the one at its median."""
-    if key is None:
-        return centre(state, family)
-    return family.network(family.sample(state.posterior, key), state.point, state.places, state.stats)
-
-
-def centre(state: VariationalState, family: Family) -> Variables:
-    """The network at the posterior's median."""
-    return family.network(family.median(state.posterior), state.point, state.places, state.stats)
+    weights = family.median(state.posterior) if key is None else family.sample(state.posterior, key)
+    return family.network(weights, state.point, state.places, state.stats)
 
 
 def variational(
@@ -193,7 +187,7 @@ def variational(
         "model": model,
         "likelihood": likelihood,
         "draw": lambda state, key: draw(state, key if spreads else None, chosen),
-        "centre": lambda state: centre(state, chosen),
+        "centre": lambda state: draw(state, None, chosen),
         "num_draws": num_draws,
     }
     return Method(
