@@ -140,7 +140,7 @@ def from_nnx(build: Callable[[Any], Any], *, head: str | None = None) -> Model:
         outputs = module(inputs)
         # methods alone: an attribute of that name is the user's own
         penalties = [layer.penalty() for layer in layers if callable(getattr(type(layer), "penalty", None))]
-        return outputs, nnx.to_pure_dict(parts(module)[3]), sum(penalties[1:], penalties[0]) if penalties else 0.0
+        return outputs, nnx.to_pure_dict(parts(module)[3]), _total(penalties)
 
     def taps(variables: Variables, inputs, zeros):
         module, watch = module_with(variables, None), Taps(jax.tree.leaves(inputs)[0].shape[0], zeros)
@@ -278,7 +278,7 @@ def from_linen(
         mutable = [*(variables.stats or {}), PENALTY]
         outputs, stats = run(collections(variables), inputs, rngs={stream: key}, mutable=mutable, **train)
         penalties = jax.tree.leaves(stats.pop(PENALTY, {}))
-        return outputs, stats, sum(penalties[1:], penalties[0]) if penalties else 0.0
+        return outputs, stats, _total(penalties)
 
     def taps(variables: Variables, inputs, zeros):
         watch = Taps(jax.tree.leaves(inputs)[0].shape[0], zeros)
@@ -343,6 +343,11 @@ def from_linen(
         return layer.apply(own, features)
 
     return Model(init, apply, train_pass, features, apply_head, (head,), taps)
+
+
+def _total(penalties: list) -> Any:
+    """Their sum; the number 0 where there are none, which is how a model without a penalty is known."""
+    return sum(penalties[1:], penalties[0]) if penalties else 0.0
 
 
 def _stacked(shape: tuple[int, ...]) -> ValueError:
