@@ -31,7 +31,7 @@ def pixels(rng):
 def test_idx_round_trip(tmp_path, rng, dtype, packed):
     array = rng.integers(-100, 100, (3, 2, 4)).astype(dtype)
     path = tmp_path / "file"
-    path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+    path.write_bytes(gzip.compress(idx(array), mtime=0) if packed else idx(array))
     got = read_idx(path)
     np.testing.assert_array_equal(got, array)
     assert got.dtype == array.dtype and got.dtype.isnative
@@ -57,8 +57,14 @@ HEADER = struct.pack(">4B2I", 0, 0, 8, 2, 2, 3)
         (HEADER + bytes(5), r"`path` must hold the 18 bytes of its 2 axes of sizes \(2, 3\) \(uint8\), got 17 in file"),
         (HEADER + bytes(7), r"`path` must hold the 18 bytes .* got 19 in file"),
         (struct.pack(">4B2I", 0, 0, 8, 2, 2**32 - 1, 2**32 - 1), "`path` must hold the 18446744065119617037 bytes"),
-        (gzip.compress(HEADER + bytes(6))[:-9], "`path` must be a whole gzip file, got file, which is damaged"),
-        (gzip.compress(HEADER + bytes(6))[:-8] + bytes(8), "`path` must be a whole gzip file, .* Fetch it again"),
+        (
+            gzip.compress(HEADER + bytes(6), mtime=0)[:-9],
+            "`path` must be a whole gzip file, got file, which is damaged",
+        ),
+        (
+            gzip.compress(HEADER + bytes(6), mtime=0)[:-8] + bytes(8),
+            "`path` must be a whole gzip file, .* Fetch it again",
+        ),
     ],
 )
 def test_foreign_and_damaged_files(tmp_path, content, message):
@@ -78,7 +84,7 @@ def test_images_and_labels(tmp_path, rng, pixels, kind):
         if path.suffix == ".npz":
             np.savez_compressed(path, array)
         else:
-            path.write_bytes(gzip.compress(idx(array)) if kind == "gz" else idx(array))
+            path.write_bytes(gzip.compress(idx(array), mtime=0) if kind == "gz" else idx(array))
     data = load_images(*paths)
     expected = [[[[int(c) / 255 for c in np.atleast_1d(p)] for p in row] for row in image] for image in pixels]
     np.testing.assert_allclose(data.inputs, expected, rtol=1e-7)
