@@ -3,8 +3,8 @@
 data -> fit(method) -> state -> predict -> Predictive -> decompose / scores / calibrate / metrics -> evaluate -> report
 """
 
-from bayescal import calibrate, data, metrics, models, plots, schedules, scores
-from bayescal.calibrate import MemberSelection, Temperature, fit_member_selection, fit_temperature
+from bayescal import calibrate, conformal, data, metrics, models, plots, schedules, scores
+from bayescal.calibrate import MemberSelection, Temperature, compose, fit_member_selection, fit_temperature
 from bayescal.checkpoint import Checkpoint, load, save
 from bayescal.compare import Comparison, bootstrap_intervals, compare
 from bayescal.data.predictions import read_predictions
@@ -169,8 +169,10 @@ __all__ = [  # in the order of the data flow
     "classwise_calibration_error",
     "compare",
     "compare_detection",
+    "compose",
     "concatenate",
     "confidence_histogram",
+    "conformal",
     "coverage",
     "crps",
     "cyclical_sgld",

@@ -212,6 +212,31 @@ def forest(axes, estimates: Mapping[str, tuple], *, reference: str | None = None
     return axes
 
 
+def critical_difference(axes, ranks: Mapping[str, float], distance: float, *, title: str = ""):
+    """Mean ranks of methods over data sets, best on top, with bars of half the critical difference to each side.
+
+    Two methods are told apart where their bars do not overlap.
+
+    Args:
+        axes: matplotlib axes.
+        ranks: name -> mean rank, 1 = best.
+        distance: least difference of two mean ranks that is told from chance (Nemenyi's, for one).
+        title: of the axes.
+
+    Raises:
+        ValueError: for fewer than two names, or a distance that is not positive.
+    Source: Demsar 2006.
+    """
+    if len(ranks) < 2 or not distance > 0:
+        raise ValueError(
+            f"`ranks` must be of at least two names and `distance` positive, got {len(ranks)} and {distance!r}. "
+            "Pass mean ranks over data sets, and the critical difference."
+        )
+    names = sorted(ranks, key=lambda name: ranks[name])
+    bars = {name: (ranks[name], ranks[name] - distance / 2, ranks[name] + distance / 2) for name in names}
+    return forest(axes, bars, title=title, xlabel=f"mean rank, 1 = best; critical difference {distance:.2f}")
+
+
 def uncertainty_parts(axes, parts: Mapping[str, Mapping[str, np.ndarray]], *, title: str = "", unit: str = "nats"):
     """Quartile boxes of total, aleatoric and epistemic uncertainty, one group of boxes per data set.
 

@@ -1,7 +1,7 @@
 """Anybody's predictions from a file to figures: `python -m bayescal evaluate FILE`, and the same as a function."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from bayescal.metrics import (
     zero_probability_rows,
 )
 from bayescal.predictive import Gaussian
+from bayescal.recorded_calibration import assess_calibration
 from bayescal.report import save_json
 from bayescal.types import Estimate, Metric, WholeMetric
 
@@ -52,20 +53,28 @@ def evaluate_file(
     num_bins: int = 15,
     num_replicates: int = 0,
     seed: int = 0,
+    calibrate: Sequence[str] = (),
+    fit: str = "first-half",
 ) -> dict[str, Any]:
     """Every standard metric of recorded predictions, with 95 % intervals and conventions.
 
     Args:
         path: what `read_predictions` reads.
         out: folder for `metrics.json` and `report.html`; None = nothing is written.
-        clip: smallest probability that the NLL counts with; None = a target of probability zero makes it infinite.
+        clip: smallest probability that the NLL counts with, and that calibrators of probabilities see; None = a target
+            of probability zero makes it infinite.
         num_bins: bins of equal width of the calibration errors.
         num_replicates: of the bootstrap; 0 = intervals in closed form or by the rows' influence.
         seed: of the bootstrap.
+        calibrate: names of calibrators such as "temperature" or "temperature+isotonic" (the second fitted on the first);
+            see `recorded_calibration.CLASSES`.
+        fit: rows that they are fitted on: "first-half", "second-half", or a share such as "0.2" (the first fifth). They
+            are scored on the others.
 
     Returns:
-        `{"source", "n", "num_members", "metrics": {name: Estimate}, "groups", "conventions", "notes"}`; `groups` is
-        `{label: {name: Estimate}}` where there are few, and `notes` are sentences about what stands out.
+        `{"source", "n", "num_members", "metrics": {name: Estimate}, "groups", "calibration", "conventions", "notes"}`;
+        `groups` is `{label: {name: Estimate}}` where there are few, `calibration` is that of `assess_calibration`, and
+        `notes` are sentences about what stands out.
 
     Raises:
         FileNotFoundError, ValueError: as `read_predictions` and `evaluate`.
@@ -79,10 +88,17 @@ def evaluate_file(
     recorded = read_predictions(path)
     result = assess(recorded, clip=clip, num_bins=num_bins, num_replicates=num_replicates, seed=seed)
     result = {"source": Path(path).name, **result}
+    if calibrate:
+        metrics = standard_metrics(recorded, clip=clip, num_bins=num_bins)
+        how = {"fit": fit, "clip": clip, "num_replicates": num_replicates, "seed": seed}
+        found = assess_calibration(recorded, metrics, calibrate, **how)
+        result["calibration"] = found["calibration"]
+        result["conventions"] |= found["conventions"]
+        result["notes"] += found["notes"]
     if out is not None:
         from bayescal.recorded_page import write_page  # draws: matplotlib is an extra
 
-        save_json(Path(out) / "metrics.json", {**result, "metrics": _with_missing_ends(result["metrics"])})
+        save_json(Path(out) / "metrics.json", _with_missing_ends(result))
         write_page(Path(out) / "report.html", recorded, result, num_bins)
     return result
 
@@ -93,12 +109,7 @@ def assess(
     """As `evaluate_file`, for predictions at hand: see there."""
     pred, targets, groups = recorded.pred, recorded.targets, recorded.groups
     regression = isinstance(pred, Gaussian)
-    if regression and clip is not None:
-        raise ValueError(
-            f"`clip` is a smallest probability, got {clip} for densities (mean and variance), whose size depends on the "
-            "targets' unit. Leave it out."
-        )
-    metrics = regression_metrics() if regression else classification_metrics(clip=clip, num_bins=num_bins)
+    metrics = standard_metrics(recorded, clip=clip, num_bins=num_bins)
     if pred.num_members > 1:
         kind = "variance" if regression else "entropy"
         metrics |= {name: uncertainty_part(name, of=kind) for name in ("total", "aleatoric", "epistemic")}
@@ -121,6 +132,24 @@ def assess(
     if recorded.features is not None and not regression:
         result["local_calibration"] = _local(recorded, num_bins)
     return result
+
+
+def standard_metrics(
+    recorded: Recorded, *, clip: float | None = None, num_bins: int = 15
+) -> dict[str, Metric | WholeMetric]:
+    """Those of classes or of regression, after the predictions.
+
+    Raises:
+        ValueError: for a clip of densities.
+    """
+    if not isinstance(recorded.pred, Gaussian):
+        return classification_metrics(clip=clip, num_bins=num_bins)
+    if clip is not None:
+        raise ValueError(
+            f"`clip` is a smallest probability, got {clip} for densities (mean and variance), whose size depends on the "
+            "targets' unit. Leave it out."
+        )
+    return regression_metrics()
 
 
 def classification_metrics(*, clip: float | None = None, num_bins: int = 15) -> dict[str, Metric | WholeMetric]:
@@ -260,5 +289,16 @@ def _local(recorded: Recorded, num_bins) -> dict[str, Any] | str:
     }
 
 
-def _with_missing_ends(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {name: {"low": None, "high": None, **e.json()} for name, e in estimates.items()}
+def _with_missing_ends(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result for json, where an end of an interval that is not known is null rather than absent."""
+
+    def whole(estimates):
+        return {name: {"low": None, "high": None, **e.json()} for name, e in estimates.items()}
+
+    shown = {**result, "metrics": whole(result["metrics"])}
+    if "calibration" in result:
+        shown["calibration"] = {
+            name: {**one, "before": whole(one["before"]), "after": whole(one["after"])}
+            for name, one in result["calibration"].items()
+        }
+    return shown

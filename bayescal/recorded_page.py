@@ -18,7 +18,9 @@ from bayescal.metrics import (
 )
 from bayescal.metrics.corp import consistency_band
 from bayescal.predictive import Gaussian
-from bayescal.report import Picture, Section, Table, figure_png, number, write_report
+from bayescal.recorded_calibration import reading
+from bayescal.report import Picture, Section, Table, figure_png, number, short, write_report
+from bayescal.types import Estimate
 
 FINE = 3840  # bins of the histogram that the smooth curve is read from
 MOST_DIMENSIONS = 3  # of regression targets that are drawn
@@ -41,8 +43,32 @@ def print_table(result: Mapping[str, Any]) -> None:
         table.add_row(name, value, interval, e.convention)
     console = Console()
     console.print(table, soft_wrap=not console.is_terminal)
+    wide = console if console.is_terminal else Console(width=110)
+    for name, one in result.get("calibration", {}).items():
+        table = RichTable(title=f"{name}: {result['conventions']['calibration']}", title_justify="left")
+        table.add_column("metric", overflow="fold")
+        for column in ("before", "after", "change", "95 % interval"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("reads as", no_wrap=True)
+        for metric, before, after, change, word in changes(one):
+            value, interval = (*number(change).split(" ", 1), "")[:2]
+            table.add_row(metric, short(before.value), short(after.value), value, interval, word)
+        wide.print(table)
     for line in result["notes"]:
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def changes(one: Mapping[str, Any]) -> list[tuple[str, Estimate, Estimate, Estimate, str]]:
+    """Metric, its value before and after a calibrator, the change, and how that reads: the rows of a table.
+
+    Args:
+        one: a calibrator's entry of `assess_calibration`.
+    """
+    rows = []
+    for metric, change in one["difference"].items():
+        moved = Estimate(change["value"], change["low"], change["high"])
+        rows.append((metric, one["before"][metric], one["after"][metric], moved, reading(change)))
+    return rows
 
 
 def write_page(path: Path, recorded: Recorded, result: Mapping[str, Any], num_bins: int) -> None:
@@ -57,6 +83,9 @@ def write_page(path: Path, recorded: Recorded, result: Mapping[str, Any], num_bi
     regression = isinstance(recorded.pred, Gaussian)
     rows = [[name, e, e.convention] for name, e in result["metrics"].items()]
     sections = [Section("Figures", "\n".join(result["notes"]), [Table(["metric", "value", "convention"], rows)])]
+    for name, one in result.get("calibration", {}).items():
+        table = Table(["metric", "before", "after", "change", "reads as"], changes(one))
+        sections.append(Section(f"After calibration: {name}", result["conventions"]["calibration"], [table]))
     draw = _regression_pictures if regression else _classification_pictures
     sections.extend(draw(recorded, num_bins))
     if result.get("groups"):

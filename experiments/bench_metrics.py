@@ -36,7 +36,16 @@ from bayescal.metrics.smooth import smooth_calibration_error
 from bayescal.metrics.whole import whole
 from bayescal.predictive import Probabilities
 
-PEERS = ("torchmetrics", "torch-uncertainty", "netcal", "relplot", "scikit-learn", "scoringrules", "torch")
+PEERS = (
+    "torchmetrics",
+    "torch-uncertainty",
+    "netcal",
+    "relplot",
+    "scikit-learn",
+    "scoringrules",
+    "torch",
+    "probmetrics",
+)
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,33 @@ def sklearn_one_vs_rest(x):
     return lambda: sklearn.roc_auc_score(x.labels, x.probs, multi_class="ovr", average=None)
 
 
+def our_temperature(x):
+    pred = x.pred
+    return lambda: bc.fit_temperature(pred, x.labels).temperature
+
+
+def sklearn_temperature(x):
+    """Its own search, on logits: of probabilities it takes the logarithm of p + eps."""
+    scaling, logits = library("sklearn.calibration")._TemperatureScaling, np.log(x.probs)
+    return lambda: 1 / scaling().fit(logits, x.labels).beta_
+
+
+def probmetrics_temperature(x):
+    """Given logits; its temperature is read off the first row, of which it scales the log-probabilities."""
+    torch, calibrators = library("torch"), library("probmetrics.calibrators")
+    distributions = library("probmetrics.distributions")
+    logits, labels = torch.log(torch.from_numpy(x.probs.copy())), torch.from_numpy(x.labels).long()
+    first = np.log(x.probs[0].astype(np.float64))
+
+    def fit():
+        calibrator = calibrators.get_calibrator("temp-scaling")
+        calibrator.fit_torch(distributions.CategoricalLogits(logits), labels)
+        after = calibrator.predict_proba_torch(distributions.CategoricalLogits(logits[:1])).get_probs()[0].numpy()
+        return (first[0] - first[1]) / (np.log(np.float64(after[0])) - np.log(np.float64(after[1])))
+
+    return fit
+
+
 def our_crps_gaussian(x):
     columns = [jnp.asarray(c) for c in (x.mean, x.std, x.seen)]
     compiled = jax.jit(crps_gaussian)
@@ -235,6 +271,7 @@ CASES: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "Brier": (streaming(bc.brier()), {"sklearn": sklearn_brier}),
     "log loss": (streaming(bc.nll()), {"sklearn": sklearn_log_loss}),
     "AUROC one-vs-rest": (our_one_vs_rest, {"sklearn": sklearn_one_vs_rest}),
+    "temperature": (our_temperature, {"sklearn": sklearn_temperature, "probmetrics": probmetrics_temperature}),
     "CRPS normal": (our_crps_gaussian, {"scoringrules": scoringrules_gaussian}),
     "CRPS ensemble fair": (our_crps_ensemble("fair"), {"scoringrules": scoringrules_ensemble("pwm")}),
     "CRPS ensemble": (our_crps_ensemble("v"), {"scoringrules": scoringrules_ensemble("qd")}),

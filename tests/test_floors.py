@@ -35,8 +35,9 @@ FLOORS = {
     "detection": "3b",
     **dict.fromkeys(["plots", "fields", "language"], "4"),
     "report": "5",
-    "recorded_page": "5a",
-    "recorded": "5b",
+    "recorded_calibration": "5a",
+    "recorded_page": "5b",
+    "recorded": "5c",
     "__main__": "6",
 }
 ONLY_IN = {
@@ -52,6 +53,7 @@ PEERS = {
     ("checkpoint", "sharding"),
     ("memory", "liveness"),
     ("data", "predictive"),
+    ("conformal", "calibrate"),
 }  # on one floor, one way
 
 

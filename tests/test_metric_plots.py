@@ -129,6 +129,14 @@ def test_score_histograms(axes, rng):
     assert axes.get_xlabel() == "energy" and [t.get_text() for t in axes.get_legend().get_texts()] == ["in", "out"]
 
 
+def test_critical_difference(axes):
+    plots.critical_difference(axes, {"worse": 2.5, "best": 1.25, "worst": 3.0}, 0.5)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["best", "worse", "worst"]
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    assert drawn[:3] == [[[1.0, 0], [1.5, 0]], [[1.25, 0]], [[2.25, 1], [2.75, 1]]]
+    assert axes.get_xlabel() == "mean rank, 1 = best; critical difference 0.50"
+
+
 def test_forest(axes):
     estimates = {
         "single": bc.Estimate(0.12, 0.1, 0.15, 100),
@@ -184,6 +192,11 @@ def test_forest(axes):
             lambda axes: plots.forest(axes, {"a": (0.5, 0.4, 0.6)}, reference="b"),
             "`reference` must be one of a, got 'b'. Check the spelling",
         ),
+        (
+            lambda axes: plots.critical_difference(axes, {"a": 1.0}, 1.0),
+            "`ranks` must be of at least two names and `distance` positive, got 1 and 1.0",
+        ),
+        (lambda axes: plots.critical_difference(axes, {"a": 1.0, "b": 2.0}, 0.0), "got 2 and 0.0"),
     ],
 )
 def test_bad_input(unchecked, axes, call, message):

@@ -61,17 +61,19 @@ def decompose(
     its devices (`bc.use_all_cores()`). Where not even the predictive fits, see `decompose_draws`.
 
     Args:
-        pred: predictive with raw (not pooled, not calibrated) members.
+        pred: predictive with its members, not pooled. A calibrator whose result has members (its own posterior's, or the
+            ensemble's) leaves them to take apart, but no free energy.
         measure: `pred -> (aleatoric, epistemic)`, row by row; default entropy (nats) for classes, variance for normals,
             entropy with the Dirichlet's own share for Dirichlets. Others: `pairwise_parts`, `class_variance_parts`
             (Brier), `zero_one_parts`, `proper_score_parts(entropy)`, `entropy_bound_parts` (normals).
-        ood: `pred -> (*batch,)`, row by row, higher = more unlike the training data; default free energy for logits, the
-            pool's entropy for probabilities, `moment_matched_information` for normals, vacuity for Dirichlets. A function
-            that is made anew for every call, such as a `partial` or a lambda in the call, compiles anew for every call.
+        ood: `pred -> (*batch,)`, row by row, higher = more unlike the training data; default free energy for raw logits, the
+            pool's entropy for probabilities and calibrated members, `moment_matched_information` for normals, vacuity for
+            Dirichlets. A function that is made anew for every call, such as a `partial` or a lambda in the call, compiles
+            anew for every call.
 
     Raises:
         TypeError: for a family without defaults, when `measure` or `ood` is left out.
-        ValueError: for a pooled or calibrated predictive, whose members and energies are gone.
+        ValueError: for a pooled or calibrated predictive of one member, whose parts are gone.
     """
     check_raw(pred)
     if type(pred) not in DEFAULTS and (measure is None or ood is None):
@@ -81,6 +83,8 @@ def decompose(
             "Wrap logits as `Categorical(logits)`, member axis first."
         )
     default_measure, default_ood = DEFAULTS.get(type(pred), (measure, ood))
+    if getattr(pred, "normalised", False):
+        default_ood = type(pred).entropy
     aleatoric, epistemic, score = row_by_row(_parts, pred, measure or default_measure, ood or default_ood)
     return Uncertainty(aleatoric + epistemic, aleatoric, epistemic, score)
 
@@ -90,8 +94,8 @@ def _parts(pred, measure, ood):
 
 
 def check_raw(pred) -> None:
-    """Raises for a pooled or calibrated predictive."""
-    if getattr(pred, "normalised", False):
+    """Raises for a pooled or calibrated predictive of one member."""
+    if getattr(pred, "normalised", False) and pred.num_members == 1:
         raise ValueError(
             "`pred` must have raw members, got a pooled or calibrated one: its members and energies are gone. "
             "Decompose before pooling and calibrating."

@@ -1,6 +1,7 @@
 """Joining and slicing predictives along their axes."""
 
 import dataclasses
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from bayescal.predictive.probabilities import Probabilities
 from bayescal.types import Array
 
 Predictive = Categorical | Bernoulli | Gaussian | Probabilities | Dirichlet
+Same = TypeVar("Same", bound=Predictive)
 
 
 def join_members(stacked: Predictive) -> Predictive:
@@ -66,7 +68,7 @@ def swap_batch_axes(pred: Predictive) -> Predictive:
     return jax.tree.map(lambda x: x if x.ndim < 3 else jnp.swapaxes(x, 1, 2), pred)
 
 
-def take(pred: Predictive, index) -> Predictive:
+def take(pred: Same, index) -> Same:
     """The examples `index` (anything numpy takes) along the first batch axis.
 
     Raises:
@@ -85,7 +87,7 @@ def take(pred: Predictive, index) -> Predictive:
     return _map_fields(pick, pred)
 
 
-def concatenate(preds: list[Predictive]) -> Predictive:
+def concatenate(preds: list[Same]) -> Same:
     """Joins predictives of the same members along the first batch axis: the chunks of a streamed prediction.
 
     Raises:
@@ -123,7 +125,7 @@ def _equal_and_shared(weights) -> bool:
     return all(np.array_equal(w, weights[0]) for w in weights)
 
 
-def _map_fields(function, pred, *left_out):
+def _map_fields(function, pred, *left_out) -> Any:
     fields = [f.name for f in dataclasses.fields(pred) if not f.metadata.get("static") and f.name not in left_out]
     arrays = {name: getattr(pred, name) for name in fields}
     changed = {n: None if x is None else function(n, x) for n, x in arrays.items()}

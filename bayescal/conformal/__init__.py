@@ -1,0 +1,110 @@
+"""Conformal prediction: sets and intervals that cover. `fit_x(pred, targets, score, *, alpha) -> sets`, `sets(pred)`."""
+
+from bayescal.conformal.class_scores import aps, averaged, epistemic, lac, margin, never_empty, raps, saps, top_k
+from bayescal.conformal.conformity import Conformity, Interval, class_conformity
+from bayescal.conformal.cross import CrossMinmax, CrossPlus, fit_cv_minmax, fit_cv_plus, hold_out
+from bayescal.conformal.groups import Mondrian, fit_class_conditional, fit_mondrian
+from bayescal.conformal.interval_scores import (
+    QuantileInterval,
+    above,
+    absolute,
+    below,
+    epistemic_deviation,
+    fit_quantile_interval,
+    normalised,
+    predictive_deviation,
+    quantile_score,
+)
+from bayescal.conformal.online import Online, OnlineRun, aci, local_coverage, run_online, sf_ogd
+from bayescal.conformal.online_experts import agaci, dtaci
+from bayescal.conformal.risk import (
+    Certified,
+    RiskControl,
+    bonferroni,
+    control_risk,
+    false_negative_rate,
+    fixed_sequence,
+    hoeffding_bentkus,
+    learn_then_test,
+)
+from bayescal.conformal.set_metrics import (
+    classwise_coverage,
+    covered,
+    group_coverage,
+    mean_set_size,
+    set_coverage,
+    singleton_share,
+    size_stratified_coverage,
+)
+from bayescal.conformal.shifted import Weighted, fit_label_shift, fit_weighted
+from bayescal.conformal.split import Split, fit_split, p_values
+from bayescal.conformal.threshold import order_statistic, rank, ranks, smallest_alpha, weighted_threshold
+from bayescal.conformal.venn_abers import VennAbers, fit_venn_abers
+
+__all__ = [
+    "Certified",
+    "Conformity",
+    "CrossMinmax",
+    "CrossPlus",
+    "Interval",
+    "Mondrian",
+    "Online",
+    "OnlineRun",
+    "QuantileInterval",
+    "RiskControl",
+    "Split",
+    "VennAbers",
+    "Weighted",
+    "above",
+    "absolute",
+    "aci",
+    "agaci",
+    "aps",
+    "averaged",
+    "below",
+    "bonferroni",
+    "class_conformity",
+    "classwise_coverage",
+    "control_risk",
+    "covered",
+    "dtaci",
+    "epistemic",
+    "epistemic_deviation",
+    "false_negative_rate",
+    "fit_class_conditional",
+    "fit_cv_minmax",
+    "fit_cv_plus",
+    "fit_label_shift",
+    "fit_mondrian",
+    "fit_quantile_interval",
+    "fit_split",
+    "fit_venn_abers",
+    "fit_weighted",
+    "fixed_sequence",
+    "group_coverage",
+    "hoeffding_bentkus",
+    "hold_out",
+    "lac",
+    "learn_then_test",
+    "local_coverage",
+    "margin",
+    "mean_set_size",
+    "never_empty",
+    "normalised",
+    "order_statistic",
+    "p_values",
+    "predictive_deviation",
+    "quantile_score",
+    "rank",
+    "ranks",
+    "raps",
+    "run_online",
+    "saps",
+    "set_coverage",
+    "sf_ogd",
+    "singleton_share",
+    "size_stratified_coverage",
+    "smallest_alpha",
+    "top_k",
+    "weighted_threshold",
+]
