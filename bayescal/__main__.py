@@ -40,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     keep_programs()
     settings = {"num_bins": given.num_bins, "num_replicates": given.bootstrap, "seed": given.seed}
     if given.calibrate:
-        settings |= {"calibrate": given.calibrate.split(","), "fit": given.fit or "first-half"}
+        settings |= {
+            "calibrate": [name.strip() for name in given.calibrate.split(",")],
+            "fit": given.fit or "first-half",
+        }
     try:
         result = evaluate_file(given.file, out=given.out, clip=given.clip, **settings)
     except (ValueError, FileNotFoundError, ImportError) as error:

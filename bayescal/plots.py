@@ -224,17 +224,20 @@ def critical_difference(axes, ranks: Mapping[str, float], distance: float, *, ti
         title: of the axes.
 
     Raises:
-        ValueError: for fewer than two names, or a distance that is not positive.
+        ValueError: for fewer than two names, ranks below 1 or NaN, or a distance that is not positive and finite.
     Source: Demsar 2006.
     """
-    if len(ranks) < 2 or not distance > 0:
+    if len(ranks) < 2 or not 0 < distance < np.inf or not min(ranks.values()) >= 1:
         raise ValueError(
-            f"`ranks` must be of at least two names and `distance` positive, got {len(ranks)} and {distance!r}. "
+            "`ranks` must be at least two, none below 1, and `distance` positive and finite, got "
+            f"{dict(ranks)} and {distance!r}. "
             "Pass mean ranks over data sets, and the critical difference."
         )
     names = sorted(ranks, key=lambda name: ranks[name])
     bars = {name: (ranks[name], ranks[name] - distance / 2, ranks[name] + distance / 2) for name in names}
-    return forest(axes, bars, title=title, xlabel=f"mean rank, 1 = best; critical difference {distance:.2f}")
+    forest(axes, bars, title=title, xlabel=f"mean rank, 1 = best; critical difference {distance:.2f}")
+    axes.set_xlim(0.5, max(ranks.values()) + 0.5)  # no rank is better than the first: bars beyond it say nothing
+    return axes
 
 
 def uncertainty_parts(axes, parts: Mapping[str, Mapping[str, np.ndarray]], *, title: str = "", unit: str = "nats"):

@@ -86,15 +86,16 @@ def evaluate_file(
             "Run `pip install bayescal[experiments]`, or leave `out` away for the figures alone."
         )
     recorded = read_predictions(path)
-    result = assess(recorded, clip=clip, num_bins=num_bins, num_replicates=num_replicates, seed=seed)
-    result = {"source": Path(path).name, **result}
-    if calibrate:
+    found: dict[str, Any] = {"conventions": {}, "notes": []}
+    if calibrate:  # first: what cannot be fitted is told before the long part
         metrics = standard_metrics(recorded, clip=clip, num_bins=num_bins)
         how = {"fit": fit, "clip": clip, "num_replicates": num_replicates, "seed": seed}
         found = assess_calibration(recorded, metrics, calibrate, **how)
-        result["calibration"] = found["calibration"]
-        result["conventions"] |= found["conventions"]
-        result["notes"] += found["notes"]
+    result = assess(recorded, clip=clip, num_bins=num_bins, num_replicates=num_replicates, seed=seed)
+    result = {"source": Path(path).name, **result}
+    result["conventions"] |= found.pop("conventions")
+    result["notes"] += found.pop("notes")
+    result |= found
     if out is not None:
         from bayescal.recorded_page import write_page  # draws: matplotlib is an extra
 

@@ -77,15 +77,21 @@ def assess_calibration(
     Returns:
         `{"calibration": {name: {"parameters", "before", "after", "difference"}}, "conventions", "notes"}`. A difference is
         after - before, `{"value", "low", "high", "noise", "better"}`: noise = the 95 % interval contains 0, None where no
-        interval is sound (norms of gaps such as ECE); better = which sign is.
+        interval is sound (norms of gaps such as ECE, a single row); better = which sign is.
 
     Raises:
         ValueError: for an unknown name, rows that cannot be divided, a calibrator that cannot be fitted on these rows.
     """
+    names = list(dict.fromkeys(names))
     for name in names:
         fits(name, isinstance(recorded.pred, Gaussian))  # unknown names are told before anything is fitted
     for_fit = fit_rows(fit, len(recorded.targets), recorded.groups)
     fitted_on, scored = _rows(recorded, for_fit), _rows(recorded, ~for_fit)
+    if recorded.groups is not None and len(np.unique(recorded.groups[~for_fit])) < 2:
+        raise ValueError(
+            f"`fit` must leave rows of two groups or more to score, got {fit!r}, which leaves one of "
+            f"{len(np.unique(recorded.groups))}: how groups vary cannot be told from it. Take another share, or more groups."
+        )
     given: dict[str, Any] = {"weights": scored.weights, "groups": scored.groups}
     before = evaluate(scored.pred, scored.targets, metrics, **given)
     sampling = {"key": jax.random.key(seed), "num_replicates": num_replicates} if num_replicates else {}
@@ -97,7 +103,7 @@ def assess_calibration(
         change = {}
         for key, metric in metrics.items():
             value, low, high = after[key].value - before[key].value, None, None
-            if metric.regular:
+            if metric.regular and (before[key].n or 0) > 1:  # one row does not say how rows vary
                 paired = compare(metric, after_pred, scored.pred, scored.targets, **given, **sampling).difference
                 low, high = paired.low, paired.high
             noise = None if low is None or high is None else low <= 0 <= high
@@ -120,7 +126,8 @@ def assess_calibration(
             if num_replicates
             else "difference of influences"
         )
-        + "; noise = it contains 0. The fitted map is taken as it is: how it varies with the fitted rows is not counted",
+        + "; noise = it contains 0. The fitted map is taken as it is: how it varies with the fitted rows is not counted. "
+        "Each interval is for itself, not adjusted for how many changes are looked at",
     }
     if clip is not None and isinstance(recorded.pred, Probabilities):
         conventions["clip for calibration"] = (

@@ -23,6 +23,8 @@ from bayescal.metrics import confidence_gap
 from bayescal.report import Section, Table, number, save_json, write_report
 
 SETS = {"stored": "mean of the 4 networks", "digits": "mean of 4 mlp 128-128"}
+AGAINST = "pool, then calibrate"
+DIFFERENCE = f"nll - nll of {AGAINST}"
 METRICS = {
     "nll": bc.nll(),
     "brier": bc.brier(),
@@ -52,7 +54,7 @@ def orders(one: PredictionSet) -> dict[str, dict[str, Any]]:
     steps = {
         "pool, no temperature": ((), []),
         "calibrate members, then pool": ((first,), first.temperatures.tolist()),
-        "pool, then calibrate": ((pool,), [pool.temperature]),
+        AGAINST: ((pool,), [pool.temperature]),
         "joint: one temperature inside": ((joint,), [joint.temperature]),
         "calibrate members, pool, calibrate": ((first, then), [*first.temperatures.tolist(), then.temperature]),
         "weigh members (stacking), pool, calibrate": ((stacked, after_stacking), [after_stacking.temperature]),
@@ -67,7 +69,7 @@ def orders(one: PredictionSet) -> dict[str, dict[str, Any]]:
         found[name] = {
             "temperatures": [float(t) for t in temperatures],
             "figures": bc.evaluate(on_judged, judged.targets, METRICS),
-            "nll - nll of pool, then calibrate": paired,
+            DIFFERENCE: paired,
             "temperature still wanted": float(bc.fit_temperature(on_fit, fit.targets).temperature),
         }
     return found
@@ -88,18 +90,17 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
     }
     save_json(folder / "metrics.json", result)
     (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-    paired = "nll - nll of pool, then calibrate"
     rows = [
         [
             name,
             ", ".join(f"{t:.3f}" for t in own["temperatures"]),
             *own["figures"].values(),
-            own[paired] if own[paired].value else "",
+            "" if name == AGAINST else own[DIFFERENCE],
             f"{own['temperature still wanted']:.3f}",
         ]
         for name, own in found.items()
     ]
-    table = Table(["order", "temperatures", *METRICS, paired, "temperature still wanted"], rows)
+    table = Table(["order", "temperatures", *METRICS, DIFFERENCE, "temperature still wanted"], rows)
     printed = RichTable(
         *table.columns, title=f"{result['set']}: {len(one.judged.targets)} judged rows", title_justify="left"
     )
@@ -107,7 +108,8 @@ def main(config: Config, folder: Path) -> dict[str, Any]:
         printed.add_row(*(number(cell) for cell in row))
     Console(width=190).print(printed)
     text = (
-        "95 % intervals over judged rows. Confidence - accuracy below zero: under-confident, the pool is over-dispersed. The "
+        "95 % intervals over judged rows, with the fitted maps as they are: how these vary with the rows of the fit is not "
+        "counted. Confidence - accuracy below zero: under-confident, the pool is over-dispersed. The "
         "temperature still wanted is that of the pool that comes out, on the rows of the fit; 1 = none."
     )
     write_report(

@@ -110,6 +110,7 @@ def whole_batch(case):
     return bc.Batch(jnp.asarray(case.data.inputs), jnp.asarray(case.data.targets), jnp.ones(12), jnp.arange(12))
 
 
+@pytest.mark.slow
 def test_update_is_the_step_by_hand(monkeypatch):
     """With a spread of 1e-6 the noise drops out of the loss, and gradients are the same to its size."""
     monkeypatch.setattr(variational, "INITIAL_SCALE", 1e-6)

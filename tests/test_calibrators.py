@@ -1,10 +1,13 @@
-"""What every calibrator over classes promises, checked over one list."""
+"""What every calibrator over classes promises, checked over one list.
+
+A calibrator's fit and use are compiled twice: as they are, and traced, for all data sets at once.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from calibrators import BINARY, CALIBRATORS, FEATURES_FOR, HOST, KEYED_ROWS, SEVERAL, UNWEIGHTED
+from calibrators import BINARY, CALIBRATORS, FEATURES_FOR, SEVERAL
 from oracles import softmax
 
 import bayescal as bc
@@ -12,6 +15,7 @@ from bayescal.calibrate.calibrator import Calibrator
 
 pytestmark = pytest.mark.core
 ROWS, FEATURES = 240, 3
+UNDEFINED = 7  # the row of new predictions that holds NaN
 
 
 def problem(name, seed=0, rows=ROWS, members=2):
@@ -30,15 +34,49 @@ def use(calibrator, pred, features):
     return calibrator(pred, features=features) if "features" in calibrator.needs else calibrator(pred)
 
 
+def data_sets(name):
+    """Name -> (logits, targets, weights, features), of one shape: what `traced` fits at once."""
+    pred, targets, features = problem(name)
+    other, other_targets, other_features = problem(name, seed=2)
+    rng, ones = np.random.default_rng(5), np.ones(ROWS, np.float32)
+    counts = rng.permutation(np.arange(ROWS) % 3)
+    repeated, order = np.repeat(np.arange(ROWS), counts), rng.permutation(ROWS)
+    absent = lambda x, value: np.where((counts == 0).reshape(-1, *[1] * (x.ndim - 1)), value, x).astype(x.dtype)
+    spoiled = np.stack([absent(member, np.nan) for member in np.asarray(pred.logits)])
+    return {
+        "plain": (pred.logits, targets, ones, features),
+        "other": (other.logits, other_targets, ones, other_features),
+        "shuffled": (pred.logits[:, order], targets[order], ones, features[order]),
+        "repeated": (pred.logits[:, repeated], targets[repeated], ones, features[repeated]),
+        "weighted": (spoiled, targets, counts.astype(np.float32), absent(features, 0)),
+    }
+
+
 @pytest.fixture(scope="module", params=list(CALIBRATORS))
 def case(request):
     pred, targets, features = problem(request.param)
     return request.param, pred, targets, features, CALIBRATORS[request.param](pred, targets, None, features)
 
 
+@pytest.fixture(scope="module")
+def traced(case):
+    """Name of the data set -> probabilities of new rows, one of them undefined: fit, vmap and use under one jit."""
+    name, sets = case[0], data_sets(case[0])
+    new, _, features = problem(name, seed=1)
+    new = bc.Categorical(jnp.asarray(new.logits).at[:, UNDEFINED].set(jnp.nan))
+
+    def probs(logits, targets, weights, rows):
+        fitted = CALIBRATORS[name](bc.Categorical(logits), targets, weights, rows)
+        return use(fitted, new, features).pooled_mean()
+
+    together = [jnp.stack([jnp.asarray(x) for x in column]) for column in zip(*sets.values())]
+    return dict(zip(sets, np.asarray(jax.jit(jax.vmap(probs))(*together))))
+
+
 def test_gives_one_member_of_probabilities(case):
-    name, pred, _, features, calibrator = case
+    name, *_, calibrator = case
     assert isinstance(calibrator, Calibrator) and isinstance(calibrator.accuracy_preserving, bool)
+    pred, _, features = problem(name, seed=1)
     calibrated = use(calibrator, pred, features)
     probs = np.asarray(calibrated.pooled_mean())
     assert (calibrated.num_members == 1 or name in SEVERAL) and probs.shape == (ROWS, pred.num_classes)
@@ -51,37 +89,22 @@ def test_gives_one_member_of_probabilities(case):
 def test_preserves_accuracy_where_it_says_so(case):
     name, _, _, _, calibrator = case
     pred, _, features = problem(name, seed=1)
-    before, after = pred.log_probs(), use(calibrator, pred, features).log_probs()
+    before, after = np.asarray(pred.log_probs()), np.asarray(use(calibrator, pred, features).log_probs())
     if calibrator.accuracy_preserving:
-        top = np.take_along_axis(np.asarray(after), np.asarray(before).argmax(-1)[:, None], -1)[:, 0]
+        top = np.take_along_axis(after, before.argmax(-1)[:, None], -1)[:, 0]
         assert (top >= after.max(-1) - 1e-6).all()  # ties count as kept
 
 
-def test_jit_changes_nothing(case):
-    name, pred, targets, features, calibrator = case
-    plain = use(calibrator, pred, features).pooled_mean()
-    np.testing.assert_allclose(jax.jit(use)(calibrator, pred, features).pooled_mean(), plain, atol=1e-5)
-    if name not in HOST:
-        traced = jax.jit(CALIBRATORS[name])(pred, targets, None, features)
-        np.testing.assert_allclose(use(traced, pred, features).pooled_mean(), plain, atol=1e-4)
-
-
-def test_vmap_over_data_sets_is_a_loop(case):
-    name = case[0]
-    if name in HOST:
-        pytest.skip("its fit runs on the host")
-    problems = [problem(name, seed) for seed in (2, 3)]
-    logits, targets, features = (
-        jnp.stack([jnp.asarray(x) for x in parts])
-        for parts in zip(*[(pred.logits, targets, features) for pred, targets, features in problems])
-    )
-
-    def probs(logits, targets, features):
-        pred = bc.Categorical(logits)
-        return use(CALIBRATORS[name](pred, targets, None, features), pred, features).pooled_mean()
-
-    for i, together in enumerate(jax.vmap(probs)(logits, targets, features)):
-        np.testing.assert_allclose(together, probs(logits[i], targets[i], features[i]), atol=1e-4)
+@pytest.mark.parametrize("data", ["plain", "other"])
+def test_jit_and_vmap_change_nothing(case, traced, data):
+    name, *_, calibrator = case
+    if data != "plain":
+        logits, targets, _, others = data_sets(name)[data]
+        calibrator = CALIBRATORS[name](bc.Categorical(logits), targets, None, others)
+    pred, _, features = problem(name, seed=1)
+    plain = np.asarray(use(calibrator, pred, features).pooled_mean())
+    rest = np.arange(ROWS) != UNDEFINED
+    np.testing.assert_allclose(traced[data][rest], plain[rest], atol=1e-4)
 
 
 def test_saved_and_loaded(case, tmp_path):
@@ -93,38 +116,18 @@ def test_saved_and_loaded(case, tmp_path):
     )
 
 
-def test_weights_are_repetitions_and_zero_is_absence(case):
-    name, pred, targets, features, _ = case
-    if name in UNWEIGHTED:
-        pytest.skip("it takes no row weights")
-    weights = np.random.default_rng(5).integers(0, 3, ROWS).astype(np.float32)
-    rows = np.repeat(np.arange(ROWS), weights.astype(int))
-    repeated = CALIBRATORS[name](bc.take(pred, rows), targets[rows], None, features[rows])
-    spoiled = bc.Categorical(jnp.where((weights == 0)[None, :, None], jnp.nan, pred.logits))
-    weighted = CALIBRATORS[name](
-        spoiled, targets, weights, np.where((weights == 0).reshape(-1, *[1] * (features.ndim - 1)), 0, features)
-    )
-    np.testing.assert_allclose(
-        use(weighted, pred, features).pooled_mean(), use(repeated, pred, features).pooled_mean(), atol=2e-4
-    )
+def test_weights_are_repetitions_and_zero_is_absence(traced):
+    np.testing.assert_allclose(traced["weighted"], traced["repeated"], atol=2e-4)
+    assert abs(traced["repeated"] - traced["plain"])[UNDEFINED + 1 :].max() > 1e-3
 
 
-def test_row_order_does_not_matter(case):
-    name, pred, targets, features, calibrator = case
-    if name in KEYED_ROWS:
-        pytest.skip("its fit divides the rows")
-    order = np.random.default_rng(6).permutation(ROWS)
-    again = CALIBRATORS[name](bc.take(pred, order), targets[order], None, features[order])
-    np.testing.assert_allclose(
-        use(again, pred, features).pooled_mean(), use(calibrator, pred, features).pooled_mean(), atol=2e-4
-    )
+def test_row_order_does_not_matter(traced):
+    np.testing.assert_allclose(traced["shuffled"], traced["plain"], atol=2e-4)
 
 
-def test_undefined_rows_come_through(case):
-    _, pred, _, features, calibrator = case
-    spoiled = bc.Categorical(jnp.asarray(pred.logits).at[:, 7].set(jnp.nan))
-    probs = np.asarray(jax.jit(use)(calibrator, spoiled, features).pooled_mean())
-    assert np.isnan(probs[7]).all() and np.isfinite(np.delete(probs, 7, 0)).all()
+def test_undefined_rows_come_through(traced):
+    for probs in traced.values():
+        assert np.isnan(probs[UNDEFINED]).all() and np.isfinite(np.delete(probs, UNDEFINED, 0)).all()
 
 
 def test_refuses_unusable_data(case, unchecked):

@@ -217,10 +217,14 @@ def test_groups_and_weights_of_regression():
 def test_groups_that_the_fit_did_not_have_get_everything_when_traced():
     pred, targets = problem()
     fit = cf.fit_mondrian(pred, targets, cf.lac(), alpha=0.1, groups=np.arange(200) % 2, num_groups=2)
-    sets = jax.jit(lambda groups: fit(pred, groups=groups))(
-        np.arange(200) % 2 + 2 * (np.arange(200) == 5) - 3 * (np.arange(200) == 8)
-    )
+    groups = np.arange(200) % 2 + 2 * (np.arange(200) == 5) - 3 * (np.arange(200) == 8)
+    sets = jax.jit(lambda groups: fit(pred, groups=groups))(groups)
     assert sets[5].all() and sets[8].all() and not sets.all()
+    many = cf.fit_mondrian(pred, targets, cf.lac(), alpha=0.4, groups=np.arange(200) % 66, num_groups=200)
+    few = np.where(np.arange(200) == 5, -1, np.arange(200) % 66).astype(np.int8)  # which cannot count to 200
+    sets = np.asarray(jax.jit(lambda pred, groups: many(pred, groups=groups))(pred, few))
+    assert sets[5].all() and not sets.all()
+    np.testing.assert_array_equal(np.delete(sets, 5, 0), np.delete(many(pred, groups=np.arange(200) % 66), 5, 0))
 
 
 @pytest.mark.parametrize(
@@ -379,6 +383,35 @@ def test_bad_input(unchecked):
         split(bc.Categorical(pred.logits[..., :1]), 0 * targets, cf.margin())
 
 
+PROCEDURES = {  # `fit(pred, targets, alpha)` and `use(fit, pred)` of every procedure; CV+ has test_conformal_cross.py
+    "split": (lambda p, y, a: cf.fit_split(p, y, cf.lac(), alpha=a), lambda f, p: f(p)),
+    "class-conditional": (lambda p, y, a: cf.fit_class_conditional(p, y, cf.lac(), alpha=a), lambda f, p: f(p)),
+    "mondrian": (
+        lambda p, y, a: cf.fit_mondrian(p, y, cf.lac(), alpha=a, groups=np.arange(200) % 2, num_groups=2),
+        lambda f, p: f(p, groups=np.arange(200) % 2),
+    ),
+    "weighted": (
+        lambda p, y, a: cf.fit_weighted(p, y, cf.lac(), alpha=a, weights=1 + np.arange(200.0)),
+        lambda f, p: f(p, weights=1 + np.arange(200.0)),
+    ),
+    "label shift": (
+        lambda p, y, a: cf.fit_label_shift(p, y, cf.lac(), alpha=a, prior_ratio=1 + np.arange(4.0)),
+        lambda f, p: f(p),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_every_procedure_at_any_alpha(name, unchecked):
+    """Sets shrink as alpha grows; an alpha that the rows cannot serve gives everything; one outside (0, 1) is refused."""
+    (fit, use), (pred, targets) = PROCEDURES[name], problem()
+    sets = [np.asarray(use(fit(pred, targets, alpha), pred)) for alpha in (1e-5, 0.05, 0.2)]
+    assert sets[0].all() and (sets[0] >= sets[1]).all() and (sets[1] >= sets[2]).all() and not sets[2].all()
+    for alpha in (0, 1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"`alpha` must be the miscoverage wanted, a number in \(0, 1\), got"):
+            fit(pred, targets, alpha)
+
+
 def test_bad_settings():
     for build in (lambda p: cf.raps(penalty=p, start=1), lambda p: cf.saps(penalty=p)):
         with pytest.raises(ValueError, match=r"`penalty` must be at least 0, got -1\. It is in units of probability"):
@@ -403,7 +436,8 @@ def test_bad_groups_and_weights(unchecked):
     with pytest.raises(ValueError, match=r"`groups` must lie in \[0, 2\), got values from -1 to -1"):
         fit(np.arange(200) % 2)(pred, groups=-np.ones(200, int))
     weigh = lambda weights: cf.fit_weighted(pred, targets, cf.lac(), alpha=0.1, weights=weights)
-    for wrong in (np.ones(199), -np.ones(200), np.full(200, np.nan), np.zeros(200)):
+    out_of_range = np.full(200, 1e300), np.full(200, 1e-300), np.full(200, 1e-40)  # infinite and zero in float32
+    for wrong in (np.ones(199), -np.ones(200), np.full(200, np.nan), np.zeros(200), *out_of_range):
         with pytest.raises(
             ValueError, match=r"`weights` must be finite non-negative numbers of shape \(200,\), not all zero, got"
         ):

@@ -105,8 +105,13 @@ def test_coverage_is_exactly_that_of_order_statistics():
     @jax.vmap
     def run(key):
         pred, targets, test, truth = simulate(key, rows, new)
-        fits = [[fit_split(pred, targets, score, alpha=a) for a in ALPHAS] for score in SCORES.values()]
-        return jnp.array([[inside(fit(test), truth) for fit in row] for row in fits])
+
+        def of(score):  # as `fit_split`, which `test_equals_the_oracle` has
+            scores = score.measure(pred, targets, None)
+            thresholds = jnp.stack([conformal.order_statistic(scores, rank(rows, a)) for a in ALPHAS])
+            return jax.vmap(lambda t: inside(score.region(test, t, None), truth))(thresholds)
+
+        return jnp.array([of(score) for score in SCORES.values()])
 
     coverage = np.asarray(run(jax.random.split(jax.random.key(0), repetitions))).mean(0)
     for place, alpha in enumerate(ALPHAS):
@@ -119,7 +124,7 @@ def test_groups_and_weights():
     pred, targets = normals(2, rows=200)
     new, _ = normals(3, rows=20)
     groups = np.arange(200) % 2
-    for score in SCORES.values():
+    for score in (SCORES["normalised"], SCORES["above"]):
         plain = fit_split(pred, targets, score, alpha=0.1)(new)
         ones = conformal.fit_weighted(pred, targets, score, alpha=0.1, weights=np.ones(200, np.float32))
         np.testing.assert_allclose(np.stack(ones(new, weights=np.ones(20, np.float32))), np.stack(plain), rtol=1e-6)
@@ -157,9 +162,13 @@ def test_quantiles_of_a_network():
     pred, targets = normals(5)
     new, _ = normals(6, rows=7)
     of = lambda p: Interval(*(bc.metrics.regression.mixture_quantile(p, quantile=q) for q in (0.15, 0.85)))
-    got = conformal.fit_quantile_interval(of(pred), targets, alpha=0.2)(of(new))
+    fit = conformal.fit_quantile_interval(of(pred), targets, alpha=0.2)
+    assert fit.alpha == 0.2  # as the other procedures
+    got = fit(of(new))
     same = fit_split(pred, targets, SCORES["quantiles"], alpha=0.2)(new)
     np.testing.assert_allclose(np.stack(got), np.stack(same), rtol=1e-6)
+    everything = conformal.fit_quantile_interval(of(pred), targets, alpha=0.02)(of(new))  # 41 * 0.98 > 40
+    assert np.isneginf(everything.low).all() and np.isposinf(everything.high).all()
 
 
 def test_recorded_oracles():
@@ -210,14 +219,29 @@ def test_bad_input(unchecked):
             fit_split(pred, targets, absolute(), alpha=alpha)
         with pytest.raises(ValueError, match="`alpha` must be the miscoverage wanted"):
             conformal.quantile_score(alpha=alpha)
+        with pytest.raises(ValueError, match="`alpha` must be the miscoverage wanted"):
+            conformal.fit_quantile_interval(Interval(targets, targets), targets, alpha=alpha)
     with pytest.raises(
-        ValueError, match=r"`pred` must have a score at every target, got NaN in .* under residual over scale"
+        ValueError,
+        match=r"`pred` must have a score .* got NaN in 40 of 40 rows under residual over scale, first at 0\. Look",
     ):
         fit_split(pred, targets, normalised(lambda p: 0 * p.pooled_mean()), alpha=0.1)
     with pytest.raises(ValueError, match="`targets` must be finite"):
         fit_split(pred, np.full_like(targets, np.nan), absolute(), alpha=0.1)
     with pytest.raises(ValueError, match="`targets` must have at least one row, got none"):
         fit_split(bc.take(pred, slice(0, 0)), targets[:0], absolute(), alpha=0.1)
+
+
+def test_targets_are_not_broadcast_where_traced(unchecked):
+    """Targets (rows,) against means (rows, 1) would be scores (rows, rows)."""
+    pred, targets = normals(18, dim=1)
+    own = conformal.Conformity(lambda p, y, key: abs(y - p.pooled_mean()), absolute().region, False, "mine")
+    for score in (*SCORES.values(), own):
+        with pytest.raises(ValueError, match=r"`targets` must have .*shape .*\(40,\)\. Pass one target per"):
+            jax.jit(lambda p, y, score=score: fit_split(p, y, score, alpha=0.1).threshold)(pred, targets[:, 0])
+    for score in SCORES.values():
+        with pytest.raises(ValueError, match=r"`targets` must have shape \(40, 1\), .* got \(40,\)"):
+            score.measure(pred, targets[:, 0], None)
 
 
 def test_bad_quantiles(unchecked):

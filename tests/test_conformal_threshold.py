@@ -1,6 +1,7 @@
 """Exact ranks: which order statistic is the threshold, weighted or not."""
 
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,14 @@ def test_order_statistic_by_hand():
     assert smallest_alpha(99) == 0.01 and rank(99, 0.01) == 99 and rank(98, 0.01) == 99
 
 
-def test_equal_weights_are_the_exact_rank():
-    for n in (5, 9, 10, 19, 99, 100, 123, 500, 999, 1999, 2000):
-        scores = np.random.default_rng(n).normal(size=n).astype(np.float32)
-        for alpha in (*ALPHAS, 0.07, 0.33):
-            expected = order_statistic(scores, rank(n, alpha))
-            for weight in (1.0, 0.7, 1e-3):
-                own = jnp.float32(weight)
-                assert weighted_threshold(scores, jnp.full(n, own), own, alpha) == expected, (n, alpha, weight)
+@pytest.mark.parametrize("n", [5, 9, 10, 19, 99, 123, 1999, 9999, 1_000_000])
+def test_equal_weights_are_the_exact_rank(n):
+    scores = np.arange(1, n + 1, dtype=np.float32)
+    for alpha, weight in ((0.01, 1.0), (0.05, 0.7), (0.1, 1e-3), (0.2, 1.0), (0.07, 0.7), (0.33, 1e6))[
+        :: 1 + n // 10**6
+    ]:
+        own, k = jnp.float32(weight), rank(n, alpha)
+        assert weighted_threshold(scores, np.full(n, own), own, alpha) == (k if k <= n else np.inf), (alpha, weight)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -63,10 +64,19 @@ def test_weighted_threshold_equals_the_oracle(alpha):
     rng = np.random.default_rng(0)
     scores, weights = rng.normal(size=200).astype(np.float32), rng.gamma(0.5, size=200).astype(np.float32)
     own = np.append(rng.gamma(0.5, size=30), [0, 1e3]).astype(np.float32)
-    got = jax.jit(weighted_threshold, static_argnums=3)(scores, weights, own, alpha)
+    find = partial(weighted_threshold, alpha=alpha)
+    got = find(scores, weights, own)
     expected = [oracle.threshold(scores, alpha, weights, w) for w in own]
     np.testing.assert_array_equal(got, np.float32(expected))
     assert got[-1] == jnp.inf
+    np.testing.assert_array_equal(jax.jit(find)(scores, weights, own), got)
+    np.testing.assert_array_equal(jax.vmap(find, (None, None, 0))(scores, weights, own), got)
+    two = jax.vmap(jax.vmap(find, (None, 0, 0)), (0, None, None))  # scores by weights
+    other = weights[::-1].copy()
+    both = two(np.stack([scores, 2 * scores]), np.stack([weights, other]), np.stack([own, own]))
+    np.testing.assert_array_equal(both[0, 0], got)
+    np.testing.assert_array_equal(both[1], 2 * both[0])
+    np.testing.assert_array_equal(both[0, 1], find(scores, other, own))
 
 
 def test_weighted_threshold_by_hand():
@@ -75,7 +85,11 @@ def test_weighted_threshold_by_hand():
     assert weighted_threshold(scores, weights, jnp.float32(1), 0.4) == 3
     assert weighted_threshold(scores, weights, jnp.float32(1), 0.6) == 2
     assert weighted_threshold(scores, weights, jnp.float32(1), 0.1) == jnp.inf
-    assert np.isnan(weighted_threshold(scores, weights, jnp.array([jnp.nan, 1]), 0.4)).tolist() == [True, False]
+    own = jnp.array([jnp.nan, 1, -1])
+    assert np.isnan(weighted_threshold(scores, weights, own, 0.4)).tolist() == [True, False, True]
+    for wrong in ([1.0, -1, 2], [0.0, 0, 0], [1.0, jnp.nan, 1]):
+        assert np.isnan(weighted_threshold(scores, jnp.array(wrong), jnp.float32(1), 0.4))
+    assert weighted_threshold(jnp.array([1, jnp.nan, 2]), weights, jnp.float32(1), 0.1) == jnp.inf
 
 
 @pytest.mark.parametrize("dim", [None, 2])
@@ -85,7 +99,7 @@ def test_groups_each_have_their_own_rank(dim):
     groups = rng.choice(5, p=[0.5, 0.3, 0.15, 0.05, 0], size=90)
     groups[:4] = [-1, 7, -1, 7]  # count for nothing
     fit = jax.jit(lambda s, g: group_thresholds(s, g, num_groups=5, alpha=0.1))
-    threshold, rows = fit(scores, groups)
+    threshold, rows = fit(scores, groups.astype(np.int8))
     assert rows.tolist() == [(groups == g).sum() for g in range(5)]
     for g in range(5):
         own = scores[groups == g]

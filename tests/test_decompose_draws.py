@@ -98,6 +98,7 @@ def test_nan_stays_nan(rng):
     assert np.isnan(bc.decompose(bc.Categorical(nothing)).total).all()
 
 
+@pytest.mark.slow
 def test_other_families(rng):
     logits = rng.normal(size=(4, 6)).astype(np.float32)
     probs = rng.dirichlet(np.ones(3), size=(4, 6)).astype(np.float32)

@@ -14,6 +14,7 @@ from bayescal.calibrate import (
     fit_proximity,
 )
 from bayescal.calibrate.density_aware import _require_converged
+from bayescal.calibrate.region_temperature import _bins
 
 pytestmark = pytest.mark.core
 
@@ -31,23 +32,35 @@ def fisher(logits, temperature, columns):
 
 
 def test_one_region_is_the_plain_temperature(rng):
-    logits = (3 * rng.normal(size=(400, 4))).astype(np.float32)
+    logits = (3 * rng.normal(size=(4000, 4))).astype(np.float32)
     targets, pred = labels(rng, logits / 2), bc.Categorical(logits[None])
-    weights = rng.uniform(size=400).astype(np.float32)
+    weights = rng.uniform(size=4000).astype(np.float32)
     plain = bc.fit_temperature(pred, targets, weights=weights)
     binwise = fit_binwise_temperature(pred, targets, num_bins=1, weights=weights)
-    group = np.zeros(400, np.int32)
+    group = np.zeros(4000, np.int32)
     groupwise = fit_groupwise_temperature(pred, targets, features=group, num_groups=1, weights=weights)
     for temperature in (binwise.temperatures[0], groupwise.temperatures[0]):
         np.testing.assert_allclose(temperature, plain.temperature, rtol=1e-5)
     np.testing.assert_allclose(binwise(pred).pooled_mean(), plain(pred).pooled_mean(), atol=1e-6)
     assert max(float(binwise.gradient), float(groupwise.gradient)) < 1e-5
+    steep = bc.Categorical(1e5 * logits[None])  # T goes with the logits, beyond any bound of a search
+    steep = fit_groupwise_temperature(steep, targets, features=group, num_groups=1, weights=weights)
+    np.testing.assert_allclose(steep.temperatures / 1e5, groupwise.temperatures, rtol=1e-4)
+
+
+def test_centres_of_many_rows():
+    """Means of 2^20 rows to a part in a million, where one running float32 sum is off in the fourth digit."""
+    confidence = np.random.default_rng(2).uniform(0.5, 1, 2**20).astype(np.float32)
+    log_probs = jnp.log(jnp.stack([confidence, 1 - confidence], -1))
+    _, regions, centres = _bins(log_probs, jnp.ones(len(confidence)), 2)
+    exact = [np.exp(np.asarray(log_probs[:, 0], np.float64))[np.asarray(regions) == b].mean() for b in (0, 1)]
+    np.testing.assert_allclose(centres, exact, rtol=2e-6)
 
 
 def test_regions_recover_their_temperatures():
     """Rows of low confidence at T = 1, of high confidence at T = 2.5; and groups at 0.7 and 1.6: within 4 standard errors."""
     rng = np.random.default_rng(1)
-    logits = (3 * rng.normal(size=(12_000, 4))).astype(np.float32)
+    logits = (3 * rng.normal(size=(4000, 4))).astype(np.float32)
     confidence = softmax(logits, axis=1).max(1)
     high = confidence > np.median(confidence)
     truth = np.where(high, 2.5, 1.0)
@@ -80,15 +93,19 @@ def test_logarithms_are_interpolated_between_centres():
 
 
 def test_groups_that_are_not_there_are_nan_under_jit(rng):
-    logits = (3 * rng.normal(size=(200, 3))).astype(np.float32)
+    logits = (3 * rng.normal(size=(4000, 4))).astype(np.float32)
     pred, targets = bc.Categorical(logits[None]), labels(rng, logits)
-    fitted = fit_groupwise_temperature(pred, targets, features=np.zeros(200, np.int32), num_groups=1)
-    probs = jax.jit(lambda groups: fitted(pred, features=groups).pooled_mean())(jnp.arange(200) - 1)
+    fitted = fit_groupwise_temperature(pred, targets, features=np.zeros(4000, np.int32), num_groups=1)
+    probs = jax.jit(lambda groups: fitted(pred, features=groups).pooled_mean())(jnp.arange(4000) - 1)
     assert np.isfinite(probs[1]).all() and np.isnan(np.delete(probs, 1, 0)).all()
-    lost = np.where(np.arange(200) < 100, 0, 1).astype(np.int32)
+    lost = np.where(np.arange(4000) < 2000, 0, 1).astype(np.int32)
     sure = np.where(lost, logits.argmax(1), targets)
-    traced = jax.jit(lambda targets: fit_groupwise_temperature(pred, targets, features=lost, num_groups=2))(sure)
+    fit = jax.jit(lambda targets, groups: fit_groupwise_temperature(pred, targets, features=groups, num_groups=2))
+    traced = fit(sure, lost)
     assert np.isfinite(traced.temperatures[0]) and np.isnan(traced.temperatures[1])
+    for outside in (-1, 2):  # not the rows of another group, nor left out
+        traced = fit(targets, np.where(np.arange(4000) == 3000, outside, lost))
+        assert np.isnan(traced.temperatures[0]) and np.isfinite(traced.temperatures[1])
 
 
 def far_and_near(seed, weights, rows=4000):
@@ -164,8 +181,14 @@ def sparse_and_dense(seed, rows=4000):
     return bc.Probabilities(probs.astype(np.float32)[None]), targets, proximity.astype(np.float32), confidence, rate
 
 
-def test_proximity_mends_what_temperature_cannot():
+@pytest.fixture(scope="module")
+def proximate():
     pred, targets, proximity, _, _ = sparse_and_dense(5)
+    return pred, targets, fit_proximity(pred, targets, features=proximity)
+
+
+def test_proximity_mends_what_temperature_cannot(proximate):
+    pred, targets, fitted = proximate
     new, _, place, _, rate = sparse_and_dense(6)
     far = place < 0.5
 
@@ -175,7 +198,7 @@ def test_proximity_mends_what_temperature_cannot():
 
     # Temperature is off by half the gap of about 0.125 between the two on either side; kernels of 2,000 rows by their noise.
     assert min(gaps(bc.fit_temperature(pred, targets)(new))) > 0.04
-    assert max(gaps(fit_proximity(pred, targets, features=proximity)(new, features=place))) < 0.02
+    assert max(gaps(fitted(new, features=place))) < 0.02
 
 
 def test_proximity_equals_the_oracle():
@@ -201,30 +224,29 @@ def test_proximity_equals_the_oracle():
         np.testing.assert_allclose(after[i], expected, atol=1e-4)
 
 
-def test_proximity_of_certain_rows(rng):
-    pred, targets, proximity, *_ = sparse_and_dense(8, 200)
-    fitted = fit_proximity(pred, targets, features=proximity)
+def test_proximity_of_certain_rows(proximate):
+    pred, _, fitted = proximate
     probs = np.asarray(
         fitted(bc.Probabilities(np.array([[[0, 1.0, 0, 0]]], np.float32)), features=np.float32([0.2])).pooled_mean()
     )
     np.testing.assert_allclose(probs[0, [0, 2, 3]], (1 - probs[0, 1]) / 3, rtol=1e-4)  # shared equally
-    spaced = fitted(pred, features=np.full(200, 1e6, np.float32)).pooled_mean()
+    spaced = fitted(pred, features=np.full(4000, 1e6, np.float32)).pooled_mean()
     assert np.isfinite(spaced).all()  # far from every row
 
 
 def test_bad_input(unchecked):
     rng = np.random.default_rng(9)
-    logits = (3 * rng.normal(size=(60, 3))).astype(np.float32)
+    logits = (3 * rng.normal(size=(4000, 4))).astype(np.float32)
     pred, targets, top = bc.Categorical(logits[None]), labels(rng, logits / 2), logits.argmax(1).astype(np.int32)
-    low = np.argsort(softmax(logits, axis=1).max(1))[:20]
-    sure = np.where(np.isin(np.arange(60), low), top, targets).astype(np.int32)
+    low = np.argsort(softmax(logits, axis=1).max(1))[:1400]
+    sure = np.where(np.isin(np.arange(4000), low), top, targets).astype(np.int32)
     with pytest.raises(
         ValueError, match=r"`num_bins` must leave every bin a finite best temperature, got none for \[0\] of 3"
     ):
         fit_binwise_temperature(pred, sure, num_bins=3)
-    with pytest.raises(ValueError, match="`num_bins` must be at most the number of rows, 60, got 61"):
-        fit_binwise_temperature(pred, targets, num_bins=61)
-    groups = np.zeros(60, np.int32)
+    with pytest.raises(ValueError, match="`num_bins` must be at most the number of rows, 4000, got 4001"):
+        fit_binwise_temperature(pred, targets, num_bins=4001)
+    groups = np.zeros(4000, np.int32)
     fit = fit_groupwise_temperature
     with pytest.raises(
         ValueError, match=r"`num_groups` must leave every group a finite best temperature, got none for \[1\]"
@@ -239,15 +261,15 @@ def test_bad_input(unchecked):
     with pytest.raises(ValueError, match="`features` must be one whole number per row, the group, of shape"):
         fit(pred, targets, features=groups, num_groups=1)(pred, features=groups[:5])
     impossible = bc.Categorical(jnp.asarray(logits)[None].at[0, 0, targets[0]].set(-jnp.inf))
-    distances = rng.uniform(size=(60, 2)).astype(np.float32)
+    distances = rng.uniform(size=(4000, 2)).astype(np.float32)
     for fit in (
         fit_binwise_temperature,
         lambda *rows: fit_groupwise_temperature(*rows, features=groups, num_groups=1),
         lambda *rows: fit_density_aware(*rows, features=distances),
     ):
-        with pytest.raises(ValueError, match="`targets` must have positive probability, got 1 of 60"):
+        with pytest.raises(ValueError, match="`targets` must have positive probability, got 1 of 4000"):
             fit(impossible, targets)
-    with pytest.raises(ValueError, match=r"`features` must be distances of shape \(60, 2\)"):
+    with pytest.raises(ValueError, match=r"`features` must be distances of shape \(4000, 2\)"):
         fit_density_aware(pred, targets, features=distances)(pred, features=distances[:, 0])
     with pytest.raises(ValueError, match="`features` must be distances of shape"):
         fit_density_aware(pred, targets, features=distances[:, 0])
@@ -257,10 +279,12 @@ def test_bad_input(unchecked):
         fit_density_aware(pred, top, features=distances)
     with pytest.raises(ValueError, match=r"`features` must allow the search to converge to a gradient of 0\.0001"):
         _require_converged(1.0, 0.01)
-    with pytest.raises(ValueError, match=r"`features` must be one proximity per row, of shape \(60,\), got \(60, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"`features` must be one proximity per row, of shape \(4000,\), got \(4000, 2\)"
+    ):
         fit_proximity(pred, targets, features=distances)
     with pytest.raises(ValueError, match="`features` must be finite, got NaN"):
-        fit_proximity(pred, targets, features=np.where(np.arange(60) == 3, np.nan, distances[:, 0]))
-    for wrong in ((top, distances[:, 0]), (targets, np.ones(60, np.float32))):
+        fit_proximity(pred, targets, features=np.where(np.arange(4000) == 3, np.nan, distances[:, 0]))
+    for wrong in ((top, distances[:, 0]), (targets, np.full(4000, 0.3, np.float32))):
         with pytest.raises(ValueError, match="`pred` must have right rows and wrong ones of several confidences"):
             fit_proximity(pred, wrong[0], features=wrong[1])

@@ -342,3 +342,10 @@ ONE = np.ones(1)
 def test_bad_input(unchecked, call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_row_has_no_interval_of_a_difference():
+    pair = [bc.Categorical(np.array([[[a, 0.0, 0.0]]], np.float32)) for a in (1.0, 2.0)]
+    found = bc.compare(bc.nll(), *pair, np.array([0]))
+    assert found.difference.value > 0 and found.difference.low is None and found.difference.high is None
+    assert np.isnan(found.p_value)

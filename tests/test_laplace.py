@@ -214,6 +214,7 @@ def classifier(key, **settings):
     return method, by_hand(method, data, jax.jit(model.init)(key), key), data
 
 
+@pytest.mark.slow
 def test_links(key):
     """Each against its formula, from the mean and covariance of the outputs."""
     method, state, data = classifier(key, predictive=look)

@@ -135,6 +135,7 @@ def test_critical_difference(axes):
     drawn = [line.get_xydata().tolist() for line in axes.lines]
     assert drawn[:3] == [[[1.0, 0], [1.5, 0]], [[1.25, 0]], [[2.25, 1], [2.75, 1]]]
     assert axes.get_xlabel() == "mean rank, 1 = best; critical difference 0.50"
+    assert axes.get_xlim() == (0.5, 3.5)  # no rank is below 1, however long the bars
 
 
 def test_forest(axes):
@@ -194,9 +195,12 @@ def test_forest(axes):
         ),
         (
             lambda axes: plots.critical_difference(axes, {"a": 1.0}, 1.0),
-            "`ranks` must be of at least two names and `distance` positive, got 1 and 1.0",
+            r"`ranks` must be at least two, none below 1, and `distance` positive and finite, got {'a': 1.0} and 1.0",
         ),
-        (lambda axes: plots.critical_difference(axes, {"a": 1.0, "b": 2.0}, 0.0), "got 2 and 0.0"),
+        (lambda axes: plots.critical_difference(axes, {"a": 1.0, "b": 2.0}, 0.0), "'b': 2.0} and 0.0"),
+        (lambda axes: plots.critical_difference(axes, {"a": 1.0, "b": 2.0}, np.inf), "'b': 2.0} and inf"),
+        (lambda axes: plots.critical_difference(axes, {"a": np.nan, "b": 2.0}, 1.0), "none below 1, .* got {'a': nan"),
+        (lambda axes: plots.critical_difference(axes, {"a": 0.5, "b": 1.5}, 1.0), "none below 1, .* got {'a': 0.5"),
     ],
 )
 def test_bad_input(unchecked, axes, call, message):

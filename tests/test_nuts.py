@@ -158,6 +158,7 @@ def test_positions_kept_are_the_members(key):
     assert any(np.array_equal(drawn, seen[i]) for i in (6, 8, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["nuts", "mclmc"])
 @pytest.mark.parametrize("width", ["bfloat16", "float32 under x64"])
 def test_chains_of_other_types(sampler, width):

@@ -8,6 +8,7 @@ import pytest
 from conftest import strictly
 
 import bayescal as bc
+from bayescal.predictive import check_predictive
 
 pytestmark = pytest.mark.core
 
@@ -288,3 +289,16 @@ def test_pure_functions_under_strict_promotion(rng):
         bc.decompose(bc.Categorical(logits, np.ones(4, np.float32)))
         bc.decompose(bc.Gaussian(logits, np.exp(logits)))
         bc.decompose(bc.Bernoulli(logits[..., 0]))
+
+
+@pytest.mark.parametrize("family", [bc.Categorical, bc.Probabilities, bc.Dirichlet])
+@pytest.mark.parametrize("shape", [(4, 600, 3), (1, 5000, 10)])
+def test_nan_is_seen_in_large_arrays(family, shape, rng):
+    """Where XLA on CPU loses it from the least and the largest value."""
+    probs = rng.dirichlet(np.ones(shape[-1]), size=shape[:-1]).astype(np.float32)
+    check_predictive(family(probs))
+    for value in (np.nan, np.inf):
+        spoiled = probs.copy()
+        spoiled[0, shape[1] // 3, 1] = value
+        with pytest.raises(ValueError, match=f"`pred` must not hold NaN, .* in 1 of {shape[1]} examples, first at"):
+            check_predictive(family(spoiled))

@@ -39,7 +39,7 @@ def normals(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", [x if x == "names" else pytest.param(x, marks=pytest.mark.slow) for x in WINDOWS])
 @pytest.mark.parametrize("kind", CONV)
 def test_convolutions_are_those_of_flax(kind, name, key):
     """Of the mean kernel, and of the drawn one, which images of one pixel each read off; in several leading axes too."""

@@ -1,5 +1,6 @@
 """Calibrators on recorded predictions: which rows, which figures, which changes are noise, and what is refused."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 
 import bayescal as bc
 from bayescal.__main__ import main
-from bayescal.data.predictions import Recorded, from_arrays
-from bayescal.recorded import classification_metrics, evaluate_file
+from bayescal.data.predictions import Recorded, from_arrays, read_predictions
+from bayescal.recorded import classification_metrics
 from bayescal.recorded_calibration import CLASSES, assess_calibration, clipped, fit_rows, parameters, reading
 
 pytestmark = pytest.mark.core
@@ -53,19 +54,19 @@ def test_groups_stay_whole(rng):
 def test_is_fit_use_and_evaluate_by_hand():
     """What the function returns is what the public parts give, put together here row by row."""
     data = arrays()
-    found = assess_calibration(from_arrays(data), FEW, ["temperature"], fit="0.4")["calibration"]["temperature"]
-    fitted, scored = slice(0, 240), slice(240, 600)
+    found = assess_calibration(from_arrays(data), FEW, ["temperature"], fit="0.5")["calibration"]["temperature"]
+    fitted, scored = slice(0, 300), slice(300, 600)
     scaler = bc.fit_temperature(bc.Categorical(data["logits"][None, fitted]), data["labels"][fitted])
     np.testing.assert_allclose(found["parameters"]["temperature"], scaler.temperature, rtol=1e-6)
     logits, labels = data["logits"][scored], data["labels"][scored]
     nll = {}
     for when, temperature in (("before", 1.0), ("after", float(scaler.temperature))):
-        nll[when] = -np.log(softmax(logits / temperature)[np.arange(360), labels])
+        nll[when] = -np.log(softmax(logits / temperature)[np.arange(300), labels])
         np.testing.assert_allclose(found[when]["nll"].value, nll[when].mean(), rtol=1e-5)
     moved = nll["after"] - nll["before"]
     change = found["difference"]["nll"]
     np.testing.assert_allclose(change["value"], moved.mean(), rtol=1e-4)
-    half = 1.959964 * moved.std() / np.sqrt(360)
+    half = 1.959964 * moved.std() / np.sqrt(300)
     np.testing.assert_allclose([change["low"], change["high"]], [moved.mean() - half, moved.mean() + half], rtol=5e-3)
     assert change["noise"] is False and found["difference"]["accuracy"]["value"] == 0
     ece = found["difference"]["ece"]
@@ -104,15 +105,42 @@ def test_names_compose():
     assert [step["calibrator"] for step in found["parameters"]["steps"]] == ["Temperature", "Isotonic"]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+QUICK = ("temperature", "histogram", "venn_abers", "order_preserving")  # one of each kind, with and without a key
+
+
+@pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in CLASSES])
 def test_every_name_fits_two_classes(name):
-    """All of them, on 1,200 rows that are over-confident by 2: the Brier score falls, beyond noise."""
+    """All of them, on 1,200 rows that are over-confident by 4: the Brier score falls, beyond noise."""
     recorded = from_arrays(arrays(rows=1200, classes=2, sharpness=4.0))
     metrics = {"brier": bc.brier()}
     found = assess_calibration(recorded, metrics, [name], clip=1e-6)["calibration"][name]
     change = found["difference"]["brier"]
     assert change["value"] < 0 and change["noise"] is False and found["parameters"]
     json.dumps(found["parameters"])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_name_is_a_fit_without_settings(name):
+    """`fit_named` gives predictions, targets and weights, and nothing else is asked for."""
+    inspect.signature(CLASSES[name]).bind(None, None, weights=None)
+
+
+def test_a_name_told_twice_is_fitted_once():
+    found = assess_calibration(from_arrays(arrays()), FEW, ["temperature", "temperature"])
+    assert list(found["calibration"]) == ["temperature"] and len(found["notes"]) == 1
+
+
+def test_what_is_undefined_or_unknown_is_not_called_better():
+    """All scored rows right: AUROC is undefined before and after, and a single row has no interval."""
+    data = arrays()
+    data["labels"][300:] = data["logits"][300:].argmax(1)
+    metrics = FEW | {"auroc": classification_metrics()["auroc_correctness"]}
+    change = assess_calibration(from_arrays(data), metrics, ["temperature"])["calibration"]["temperature"]["difference"]
+    words = {name: reading(x) for name, x in change.items()}
+    assert words == {"accuracy": "unchanged", "nll": "worse", "ece": "no interval", "auroc": "undefined"}
+    one = {name: x[:301] for name, x in data.items()}
+    found = assess_calibration(from_arrays(one), {"nll": FEW["nll"]}, ["temperature"], fit="0.997")["calibration"]
+    assert reading(found["temperature"]["difference"]["nll"]) == "no interval"
 
 
 def test_probabilities_are_clipped_for_the_fit():
@@ -163,9 +191,12 @@ def test_regression(rng):
         assess_calibration(recorded, {"nll": bc.nll()}, ["temperature"])
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, monkeypatch):
+    """With few of the metrics, which `test_recorded` has all of."""
+    few = FEW | {"mce": classification_metrics()["mce"]}
+    monkeypatch.setattr("bayescal.recorded.classification_metrics", lambda **_: few)
     np.savez(tmp_path / "a.npz", **arrays())
-    told = ["evaluate", str(tmp_path / "a.npz"), "--calibrate", "temperature,isotonic", "--fit", "second-half"]
+    told = ["evaluate", str(tmp_path / "a.npz"), "--calibrate", "temperature, isotonic", "--fit", "second-half"]
     assert main([*told, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     for words in (
@@ -183,8 +214,12 @@ def test_command_line(tmp_path, capsys):
     assert set(one["difference"]["nll"]) >= {"value", "low", "high", "noise"}
     assert one["before"]["ece"]["value"] > one["after"]["ece"]["value"] and one["after"]["mce"]["low"] is None
     assert "300" in saved["conventions"]["calibration"] and "fitted map" in saved["conventions"]["change"]
+    assert "not adjusted for how many changes" in saved["conventions"]["change"]
     page = (tmp_path / "out/report.html").read_text()
     assert "After calibration: temperature" in page and "reads as" in page
+    monkeypatch.setattr(
+        "bayescal.recorded.assess", lambda *_, **__: pytest.fail("computed before the name was looked at")
+    )
     assert main(["evaluate", str(tmp_path / "a.npz"), "--calibrate", "temprature"]) == 2
     assert "Did you mean 'temperature'? All names: temperature, " in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -207,6 +242,11 @@ def test_refuses(unchecked):
         assess_calibration(recorded, FEW, ["temperature"], fit="0.001")
     with pytest.raises(ValueError, match="of 600 rows in 1 groups"):
         fit_rows("first-half", 600, np.zeros(600))
+    halves = recorded._replace(groups=np.repeat([0, 1], 300))
+    with pytest.raises(
+        ValueError, match=r"must leave rows of two groups or more to score, got 'first-half', which .* of 2"
+    ):
+        assess_calibration(halves, FEW, ["temperature"])
     missing = Recorded(recorded.pred, np.where(np.arange(600) < 300, recorded.targets % 2, recorded.targets))
     with pytest.raises(ValueError, match="got 'vector', which cannot: "):
         assess_calibration(missing, FEW, ["vector"])
@@ -230,7 +270,10 @@ def test_stored_predictions(name):
     path = DATA / f"{name}.npz"
     if not path.is_file():
         pytest.skip(f"{path} is not there; set BAYESCAL_DATA to the folder of the shared data")
-    found = evaluate_file(path, clip=1e-12, calibrate=["temperature"])["calibration"]["temperature"]
+    metrics = {metric: classification_metrics(clip=1e-12)[metric] for metric in ("ece", "nll")}
+    found = assess_calibration(read_predictions(path), metrics, ["temperature"], clip=1e-12)["calibration"][
+        "temperature"
+    ]
     got = [found["parameters"]["temperature"]]
     got += [found[when][metric].value for metric in ("ece", "nll") for when in ("before", "after")]
     np.testing.assert_allclose(got[0], GOLDEN[name][0], atol=1e-3)

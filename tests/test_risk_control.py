@@ -65,12 +65,23 @@ def test_risk_control_is_its_definition(alpha):
 
 
 def test_whole_numbers_are_compared_exactly():
-    """9 rows, bound 1, alpha 0.1: (0 + 1) / 10 is 0.1 exactly, as 99 rows with 9 losses are."""
-    for rows, lost in ((9, 0), (99, 9), (199, 19), (999, 99)):
+    """9 rows, bound 1, alpha 0.1: (0 + 1) / 10 is 0.1 exactly, as 199 rows with 19 losses are."""
+    for rows, lost in ((9, 0), (199, 19)):
         for more in (0, 1):
             losses = np.zeros((rows, 2), np.float32)
             losses[: lost + more, 0] = 1
             assert int(control_risk(losses, np.arange(2.0), alpha=0.1, bound=1).index) == more
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool, np.float16])
+def test_losses_of_any_kind(dtype, unchecked):
+    """Whole numbers stay below the parameters' fractions, and halves add up to more than 2,048."""
+    losses = np.zeros((5000, 3), dtype)
+    losses[:3000, 0], losses[:499, 1] = 1, 1
+    chosen = control_risk(losses, np.array([0.25, 0.5, 0.75]), alpha=0.1, bound=1)
+    assert chosen.parameter == 0.5 and chosen.risk == np.float32(0.0998)
+    expected = hoeffding_bentkus(losses.astype(np.float32), alpha=0.1)
+    np.testing.assert_array_equal(hoeffding_bentkus(losses, alpha=0.1), expected)
 
 
 def test_losses_in_another_unit():

@@ -18,9 +18,10 @@ MAPS = {
     "dirichlet": calibrate.fit_dirichlet,
     "diagonal": calibrate.fit_diagonal_dirichlet,
 }
+ROWS = 3000  # of almost every test: one shape, so that each fit is compiled once; fewer count by weights of 0
 
 
-def binary(rng, rows=3000, slope=0.5, intercept=0.3, spread=3):
+def binary(rng, rows=ROWS, slope=0.5, intercept=0.3, spread=3):
     """Log-odds as a Categorical of shifted raw logits, with labels from sigmoid(slope s + intercept)."""
     scores = spread * rng.normal(size=rows)
     shift = rng.normal(size=rows)
@@ -28,7 +29,18 @@ def binary(rng, rows=3000, slope=0.5, intercept=0.3, spread=3):
     return bc.Categorical(np.stack([shift, shift + scores], -1).astype(np.float32)[None]), targets, scores
 
 
-def several(rng, rows=3000, classes=4, matrix=None, intercepts=None):
+def padded(pred, targets):
+    """The rows, more of weight 0 up to `ROWS`, and the weights."""
+    more = ROWS - len(targets)
+    values = [
+        np.pad(np.asarray(x), ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        for x in jax.tree.leaves(pred)
+    ]
+    pred = jax.tree.unflatten(jax.tree.structure(pred), values)
+    return pred, np.pad(targets, (0, more)), (np.arange(ROWS) < len(targets)).astype(np.float32)
+
+
+def several(rng, rows=ROWS, classes=4, matrix=None, intercepts=None):
     """Log-probabilities (float64) and labels from softmax(matrix log p + intercepts)."""
     log_probs = np.log([softmax(z) for z in 2 * rng.normal(size=(rows, classes))])
     matrix = 0.6 * np.eye(classes) if matrix is None else matrix
@@ -57,11 +69,14 @@ def test_platt_by_hand():
     scores = np.repeat([2.0, -2.0], 4)
     targets = np.array([1, 1, 1, 0, 0, 0, 0, 1])
     pred = bc.Bernoulli(scores.astype(np.float32)[None])
-    plain = calibrate.fit_platt(pred, targets, smooth_targets=False)
+    pred, targets, weights = padded(pred, targets)
+    plain = calibrate.fit_platt(pred, targets, smooth_targets=False, weights=weights)
     np.testing.assert_allclose([plain.slope, plain.intercept], [math.log(3) / 2, 0], atol=1e-6)
-    smooth = calibrate.fit_platt(pred, targets)  # targets 5/6 and 1/6: mean (3 * 5/6 + 1/6) / 4 = 2/3 at s = 2
+    smooth = calibrate.fit_platt(
+        pred, targets, weights=weights
+    )  # targets 5/6 and 1/6: mean (3 * 5/6 + 1/6) / 4 = 2/3 at s = 2
     np.testing.assert_allclose([smooth.slope, smooth.intercept], [math.log(2) / 2, 0], atol=1e-6)
-    np.testing.assert_allclose(smooth(pred).pooled_mean(), np.where(scores > 0, 2 / 3, 1 / 3), rtol=1e-5)
+    np.testing.assert_allclose(smooth(pred).pooled_mean()[:8], np.where(scores > 0, 2 / 3, 1 / 3), rtol=1e-5)
     assert isinstance(smooth(pred), bc.Bernoulli) and float(smooth.gradient) < 1e-6
 
 
@@ -71,9 +86,9 @@ def test_beta_by_hand():
     wanted = 1 / (1 + np.exp(-(2 * np.log(p) - np.log(1 - p) + np.log(2))))
     np.testing.assert_allclose(wanted, [1 / 11, 1 / 2, 32 / 37])
     pred = bc.Bernoulli(np.log(np.repeat(p / (1 - p), 2)).astype(np.float32)[None])
-    fitted = calibrate.fit_beta(
-        pred, np.tile([0, 1], 3), weights=np.stack([1 - wanted, wanted], -1).ravel().astype("f")
-    )
+    pred, targets, weights = padded(pred, np.tile([0, 1], 3))
+    weights[:6] = np.stack([1 - wanted, wanted], -1).ravel()
+    fitted = calibrate.fit_beta(pred, targets, weights=weights)
     np.testing.assert_allclose([fitted.a, fitted.b, fitted.c], [2, 1, math.log(2)], rtol=2e-4)
 
 
@@ -99,7 +114,7 @@ def test_recovers_a_known_matrix(name):
     if name == "matrix":
         matrix -= matrix.mean(1, keepdims=True)  # rows that sum to zero need no centred log p
     intercepts = rng.normal(size=classes) / 2
-    pred, targets, log_probs = several(rng, 4000, classes, matrix, intercepts)
+    pred, targets, log_probs = several(rng, ROWS, classes, matrix, intercepts)
     fitted = MAPS[name](pred, targets)
     best = -np.asarray(fitted(pred).log_prob(targets), np.float64).mean()
     gain = 2 * len(targets) * (objective(matrix, intercepts, log_probs, targets, 0, 0) - best)
@@ -114,12 +129,14 @@ def test_recovers_a_known_matrix(name):
 @pytest.mark.parametrize("fit", [calibrate.fit_matrix, calibrate.fit_dirichlet])
 def test_penalties_are_those_of_the_formula(fit, rng):
     """No step in any parameter lowers the objective as loops write it: at the optimum central differences vanish."""
-    pred, targets, scores = several(rng, 60, 3)
+    pred, targets, scores = several(rng)
     if fit is calibrate.fit_matrix:
         scores = scores - scores.mean(1, keepdims=True)
-    fitted = fit(pred, targets, off_diagonal=0.05, intercept=0.02)
+    weights = (np.arange(ROWS) % 50 == 0).astype(np.float32)
+    scores, counted = scores[weights > 0], targets[weights > 0]
+    fitted = fit(pred, targets, off_diagonal=0.05, intercept=0.02, weights=weights)
     at = np.concatenate([np.asarray(fitted.matrix, np.float64), np.asarray(fitted.intercepts, np.float64)[:, None]], 1)
-    value = lambda x: objective(x[:, :3], x[:, 3], scores, targets, 0.05, 0.02)
+    value = lambda x: objective(x[:, :4], x[:, 4], scores, counted, 0.05, 0.02)
     for index in np.ndindex(at.shape):
         step = np.zeros_like(at)
         step[index] = 1e-4
@@ -157,8 +174,8 @@ def test_beta_bounds_are_exact(parameters):
 
     for seed, (a, b) in enumerate([(1.2, -0.4), (-0.3, 0.8), (0.5, 1.5), (-0.5, -0.5)]):
         rng = np.random.default_rng(seed)
-        p = rng.uniform(0.02, 0.98, 500)
-        targets = (rng.uniform(size=500) < 1 / (1 + np.exp(-a * np.log(p) + b * np.log(1 - p)))).astype(np.int32)
+        p = rng.uniform(0.02, 0.98, ROWS)
+        targets = (rng.uniform(size=ROWS) < 1 / (1 + np.exp(-a * np.log(p) + b * np.log(1 - p)))).astype(np.int32)
         pred = bc.Probabilities(np.stack([1 - p, p], -1).astype(np.float32)[None])
 
         def nll(x, p=p, targets=targets):
@@ -178,7 +195,7 @@ def test_beta_bounds_are_exact(parameters):
 
 def test_beta_keeps_a_half(rng):
     pred, targets, _ = binary(rng)
-    half, zero = bc.Bernoulli(jnp.zeros((1, 1))), bc.Bernoulli(jnp.array([[-jnp.inf, jnp.inf]]))
+    half, zero = bc.Bernoulli(jnp.zeros((1, 2))), bc.Bernoulli(jnp.array([[-jnp.inf, jnp.inf]]))
     kept, moved = (calibrate.fit_beta(pred, targets, parameters=x) for x in ("ab", "abm"))
     np.testing.assert_allclose(kept(half).pooled_mean(), 0.5, atol=1e-7)
     assert kept.accuracy_preserving and not moved.accuracy_preserving
@@ -190,15 +207,17 @@ def test_beta_keeps_a_half(rng):
 
 @pytest.mark.parametrize("name", list(MAPS))
 def test_constants_a_row_and_names_of_classes_do_not_matter(name, rng):
-    pred, targets, _ = several(rng, 1000)
-    fitted = MAPS[name](pred, targets, intercept=0.1)
+    pred, targets, _ = several(rng)
+    settings = {"intercept": 0.1} | ({"off_diagonal": 0.1} if name in ("matrix", "dirichlet") else {})
+    fitted = MAPS[name](pred, targets, **settings)
     order = np.array([2, 0, 3, 1])  # new class i is old class order[i]
-    logits = np.asarray(pred.logits) + rng.normal(size=(1, 1000, 1)).astype(np.float32)
+    logits = np.asarray(pred.logits) + rng.normal(size=(1, ROWS, 1)).astype(np.float32)
     renamed = bc.Categorical(logits[..., order])
-    again = MAPS[name](renamed, np.argsort(order)[targets].astype(np.int32), intercept=0.1)
+    again = MAPS[name](renamed, np.argsort(order)[targets].astype(np.int32), **settings)
     np.testing.assert_allclose(again(renamed).pooled_mean(), fitted(pred).pooled_mean()[:, order], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_matrix_overfits_many_classes_and_vector_does_not():
     """Guo et al.: with few rows a class a full matrix learns noise. On calibrated data the nll on new rows rises by about
     parameters / (2 rows): 210 / 1800 for the matrix, 29 / 1800 for the vector."""
@@ -210,31 +229,68 @@ def test_matrix_overfits_many_classes_and_vector_does_not():
     assert rise(calibrate.fit_matrix(pred, targets, off_diagonal=1, intercept=1)) < matrix
 
 
+MANY = 24  # classes: more parameters than Newton's method takes
+
+
 def test_many_classes_search_without_a_hessian():
     """Beyond Newton's size L-BFGS; the penalised optimum's derivative, written out in float64, vanishes."""
-    rng, classes = np.random.default_rng(1), 24
-    pred, targets, log_probs = several(rng, 1500, classes)
+    pred, targets, log_probs = several(np.random.default_rng(1), 1500, MANY)
     scores = log_probs - log_probs.mean(1, keepdims=True)
     fitted = calibrate.fit_matrix(pred, targets, off_diagonal=1, intercept=1)
     matrix, intercepts = np.asarray(fitted.matrix, np.float64), np.asarray(fitted.intercepts, np.float64)
-    residual = np.array([softmax(z) for z in scores @ matrix.T + intercepts]) - np.eye(classes)[targets]
-    gradient = residual.T @ scores / 1500 + 2 * (1 - np.eye(classes)) * matrix / (classes * (classes - 1))
-    assert abs(gradient).max() < 1e-4 and abs(residual.mean(0) + 2 * intercepts / classes).max() < 1e-4
-    with pytest.raises(ValueError, match="`targets` must leave one finite best map"):
-        calibrate.fit_matrix(bc.take(pred, np.arange(60)), targets[:60], intercept=1e-9)
+    residual = np.array([softmax(z) for z in scores @ matrix.T + intercepts]) - np.eye(MANY)[targets]
+    gradient = residual.T @ scores / 1500 + 2 * (1 - np.eye(MANY)) * matrix / (MANY * (MANY - 1))
+    assert abs(gradient).max() < 1e-4 and abs(residual.mean(0) + 2 * intercepts / MANY).max() < 1e-4
+    # In a unit in which all rows are close to uniform derivatives are small everywhere; the map is the same.
+    close = bc.Categorical((np.asarray(pred.logits) / 300).astype(np.float32))
+    again = calibrate.fit_matrix(close, targets, off_diagonal=300.0**-2, intercept=1)
+    np.testing.assert_allclose(again(close).pooled_mean(), fitted(pred).pooled_mean(), atol=1e-4)
+
+
+def test_many_classes_without_a_penalty_have_one_finite_optimum_or_none():
+    """Small derivatives alone are found on the way to infinity, and where two maps are equally good, too."""
+    rng = np.random.default_rng(1)
+    pred, targets, log_probs = several(rng, 1500, MANY)
+    fitted = calibrate.fit_matrix(pred, targets)
+    scores = log_probs - log_probs.mean(1, keepdims=True)
+    residual = np.asarray(fitted(pred).pooled_mean(), np.float64) - np.eye(MANY)[targets]
+    assert abs(residual.T @ scores).max() / 1500 < 1e-5
+    separated, twins = np.array(pred.logits), np.array(pred.logits)
+    separated[0, :, 0] = np.where(targets == 0, 3, -3) * (1 + rng.uniform(size=1500))
+    twins[..., 1] = twins[..., 2]
+    for logits in (separated, twins):
+        with pytest.raises(ValueError, match="`targets` must leave one finite best map"):
+            calibrate.fit_matrix(bc.Categorical(logits), targets)
+    with pytest.raises(ValueError, match="`off_diagonal` must be positive for 40 classes, got 0"):
+        calibrate.fit_matrix(bc.Categorical(np.zeros((1, 40, 40), np.float32)), np.arange(40))
+
+
+def test_rows_close_to_uniform():
+    """Log-probabilities that hardly vary are about as constant as the intercept's column: the same map all the same."""
+    pred, targets, log_probs = several(np.random.default_rng(4))
+    shares = np.array([softmax(z / 100) for z in log_probs])
+    fitted = calibrate.fit_dirichlet(bc.Probabilities(shares.astype(np.float32)[None]), targets)
+    centred = calibrate.fit_matrix(pred, targets)
+    after = lambda calibrator, p: -np.asarray(calibrator(p).log_prob(targets), np.float64).mean()
+    # Twice the gain of the few parameters more that a Dirichlet map has is chi-squared, 3 degrees of freedom.
+    gain = 2 * ROWS * (after(centred, pred) - after(fitted, bc.Probabilities(shares.astype(np.float32)[None])))
+    assert -0.5 < gain < 3 + 4 * math.sqrt(6)
 
 
 def test_smoothing_makes_separable_rows_finite():
-    scores = np.linspace(-3, 3, 40).astype(np.float32)
+    scores = np.linspace(-3, 3, ROWS).astype(np.float32)
     pred, targets = bc.Bernoulli(scores[None]), (scores > 0).astype(np.int32)
-    fitted = calibrate.fit_platt(pred, targets)
+    some = (np.arange(ROWS) % 75 == 37).astype(np.float32)
+    fitted = calibrate.fit_platt(pred, targets, weights=some)
     assert 0 < float(fitted.slope) < 10 and float(fitted.gradient) < 1e-6
-    lone = calibrate.fit_platt(pred, np.zeros(40, np.int32))  # one class: its smoothed share, 1 / (40 + 2), everywhere
+    lone = calibrate.fit_platt(
+        pred, np.zeros(ROWS, np.int32), weights=some
+    )  # one class: its smoothed share, 1 / (40 + 2), everywhere
     np.testing.assert_allclose(lone(pred).pooled_mean(), 1 / 42, rtol=1e-4)
 
 
 def test_separable_rows(unchecked):
-    scores = np.linspace(-3, 3, 40).astype(np.float32)
+    scores = np.linspace(-3, 3, ROWS).astype(np.float32)
     pred, targets = bc.Bernoulli(scores[None]), (scores > 0).astype(np.int32)
     refused = lambda remedy: pytest.raises(
         ValueError, match=f"`targets` must leave one finite best map, got .*{remedy}"
@@ -247,23 +303,23 @@ def test_separable_rows(unchecked):
     traced = jax.jit(lambda pred, targets: calibrate.fit_platt(pred, targets, smooth_targets=False))(pred, targets)
     assert np.isnan(traced.slope) and np.isnan(traced(pred).pooled_mean()).all()
     with refused("do not tell parameters apart|`smooth_targets"):
-        calibrate.fit_platt(bc.Bernoulli(jnp.ones((1, 40))), targets)
+        calibrate.fit_platt(bc.Bernoulli(jnp.ones((1, ROWS))), targets)
 
 
 @pytest.mark.parametrize("name", list(MAPS))
 def test_one_class_of_several_separable(name, unchecked):
     """Two classes overlap, the third is told by its own logit: no finite optimum, though the nll does not go to zero."""
     rng = np.random.default_rng(0)
-    pred, targets, _ = several(rng, 400, 3)
+    pred, targets, _ = several(rng)
     logits = np.array(pred.logits)
-    logits[0, :, 0] = np.where(targets == 0, 3, -3) * (1 + rng.uniform(size=400))
+    logits[0, :, 0] = np.where(targets == 0, 3, -3) * (1 + rng.uniform(size=ROWS))
     with pytest.raises(ValueError, match="separate classes, or that do not tell parameters apart"):
         MAPS[name](bc.Categorical(logits), targets)
 
 
 @pytest.mark.parametrize("name", ["matrix", "dirichlet"])
 def test_twin_classes_need_a_penalty(name, rng):
-    pred, targets, _ = several(rng, 500)
+    pred, targets, _ = several(rng)
     logits = np.array(pred.logits)
     logits[..., 1] = logits[..., 2]
     with pytest.raises(
@@ -276,33 +332,41 @@ def test_twin_classes_need_a_penalty(name, rng):
 
 
 def test_refusals(unchecked, rng):
-    pred, targets, _ = several(rng, 100, 3)
+    pred, targets, _ = several(rng)
     for fit, instead in ((calibrate.fit_platt, "`fit_vector`"), (calibrate.fit_beta, "`fit_dirichlet`")):
-        with pytest.raises(ValueError, match=f"`pred` must have two classes, got 3. For more classes use {instead}"):
+        with pytest.raises(ValueError, match=f"`pred` must have two classes, got 4. For more classes use {instead}"):
             fit(pred, targets)
-    two, labels, _ = binary(rng, 100)
-    for fit in (calibrate.fit_platt, calibrate.fit_beta):
-        with pytest.raises(ValueError, match="`pred` must have two classes, got 3"):
-            fit(two, labels)(pred)
+    two, labels, _ = binary(rng)
+    one = jnp.float32(1)
+    for fitted in (calibrate.PlattScaling(one, one, one), calibrate.BetaMap(one, one, one, one, parameters="abm")):
+        with pytest.raises(ValueError, match="`pred` must have two classes, got 4"):
+            fitted(pred)
     with pytest.raises(ValueError, match='`parameters` must be "abm", "am" or "ab", got \'a\''):
         calibrate.fit_beta(two, labels, parameters="a")
     for fit in (calibrate.fit_beta, lambda *rows: calibrate.fit_platt(*rows, smooth_targets=False)):
         with pytest.raises(ValueError, match=r"`targets` must hold every one of the 2 classes, got none of \[1\]"):
-            fit(two, np.zeros(100, np.int32))
+            fit(two, np.zeros(ROWS, np.int32))
     sure = bc.Categorical(jnp.asarray(two.logits).at[0, 3, 0].set(-jnp.inf))
     for fit in (calibrate.fit_platt, calibrate.fit_beta, *MAPS.values()):
         with pytest.raises(
-            ValueError, match=r"positive probability for .*, got a zero in 1 of 100 rows. Pass .*clip_prob"
+            ValueError, match=r"positive probability for .*, got a zero in 1 of 3000 rows. Pass .*clip_prob"
         ):
             fit(sure, labels)
-        assert np.isfinite(fit(calibrate.clip_probabilities(sure, 1e-6), labels)(two).pooled_mean()).all()
+    clipped = calibrate.clip_probabilities(sure, 1e-6)
+    assert np.isfinite(calibrate.fit_vector(clipped, labels)(clipped).pooled_mean()).all()
+    line, square = jnp.ones(3), jnp.eye(3)
+    for fitted in (
+        calibrate.VectorScaling(line, line, one),
+        calibrate.MatrixScaling(square, line, one),
+        calibrate.DirichletMap(square, line, one),
+    ):
+        with pytest.raises(ValueError, match="`pred` must have the 3 classes of the fit, got 4"):
+            fitted(pred)
     for name, fit in MAPS.items():
-        with pytest.raises(ValueError, match=r"`targets` must hold every one of the 3 classes, got none of \[2\]"):
+        with pytest.raises(ValueError, match=r"`targets` must hold every one of the 4 classes, got none of \[2, 3\]"):
             fit(pred, np.minimum(targets, 1))
         with pytest.raises(ValueError, match="`intercept` must be a finite number of at least 0, got -1"):
             fit(pred, targets, intercept=-1)
-        with pytest.raises(ValueError, match="`pred` must have the 3 classes of the fit, got 2"):
-            fit(pred, targets)(two)
         if name in ("matrix", "dirichlet"):
             with pytest.raises(ValueError, match="`off_diagonal` must be a finite number of at least 0, got inf"):
                 fit(pred, targets, off_diagonal=math.inf)

@@ -83,6 +83,8 @@ def test_label_shift_errors(unchecked):
         em(pred, source_prior=np.array([0.5, 0.2, 0.2]))
     with pytest.raises(ValueError, match="`source_prior` must be positive for every class"):
         em(pred, source_prior=np.array([0.5, 0.5, 0.0]))
+    with pytest.raises(ValueError, match="`pred` must have 2 classes, got shape"):
+        calibrate.prior_shift(SOURCE[:2] / SOURCE[:2].sum(), np.array([0.5, 0.5]))(pred)
     with pytest.raises(ValueError, match="`source_prior` must have 3 classes"):
         em(pred, source_prior=np.array([0.5, 0.5]))
     with pytest.raises(ValueError, match="`pred` must not hold NaN"):
@@ -152,6 +154,18 @@ def test_transcal_and_matching():
     accuracy = (np.asarray(predict(target).logits[0]).argmax(1) == truth).mean()
     assert abs(fitted.accuracy - accuracy) < 0.04
     np.testing.assert_allclose(fitted(predict(target)).top_label()[0].mean(), fitted.accuracy, atol=1e-4)
+    # A density ratio of 0 is a value: rows that have it are no absent ones, whose labels would not be looked at.
+    ends = [
+        calibrate.fit_transcal(
+            predict(target),
+            source=predict(source),
+            source_targets=labels,
+            source_weights=np.where(ratio < 1, least, ratio),
+        )
+        for least in (0, 1e-9)
+    ]
+    np.testing.assert_allclose(ends[0].accuracy, ends[1].accuracy, rtol=1e-5)
+    np.testing.assert_allclose(ends[0].temperature, ends[1].temperature, rtol=1e-4)
     # By hand: |z| = 3, two classes, accuracy .8: T = 3 / log(.8 / .2) = 2.16404.
     pred = bc.Categorical(np.tile(np.array([3.0, 0.0], np.float32), (1, 5, 1)))
     np.testing.assert_allclose(calibrate.fit_confidence_matching(pred, accuracy=0.8).temperature, 2.16404, rtol=1e-4)
@@ -185,6 +199,15 @@ def test_shift_errors(unchecked):
         weigh(source, target, source, penalty=-1)
     with pytest.raises(ValueError, match="`clip` must be a positive number"):
         weigh(source, target, source, clip=0)
+    apart = np.concatenate([target[:, :1] + 20, target[:, 1:]], 1)
+    with pytest.raises(ValueError, match="`penalty` must be positive for domains that a plane separates, got 0"):
+        weigh(source, apart, source, penalty=0.0)
+    assert np.isfinite(weigh(source, apart, source).weights).all()
+    traced = jax.jit(lambda *parts: weigh(*parts, penalty=0.0).weights)(source, apart, source)
+    assert np.isnan(traced).all()
+    with pytest.raises(ValueError, match="`query` must have finite weights, got a log-ratio of up to"):
+        weigh(source, target, source * 1000)
+    assert float(weigh(source, target, source * 1000, clip=5.0).weights.max()) == 5
     for accuracy in (0.2, 1.0):
         with pytest.raises(ValueError, match="`accuracy` must lie between"):
             calibrate.fit_confidence_matching(predict(target), accuracy=accuracy)
@@ -192,8 +215,11 @@ def test_shift_errors(unchecked):
         calibrate.fit_transcal(
             predict(target), source=predict(source), source_targets=labels, source_weights=np.ones(60), power=2
         )
-    with pytest.raises(ValueError, match="`levels` must be a whole number"):
-        calibrate.perturbed_rows(KEY, predict, source, labels, levels=-1)
+    for levels in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"`levels` must be a whole number, not negative, got {levels}"):
+            calibrate.perturbed_rows(KEY, predict, source, labels, levels=levels)
+    with pytest.raises(ValueError, match="`pred` must not hold NaN"):  # whose top class would be the NaN's
+        calibrate.pseudo_target_rows(KEY, predict, jnp.asarray(target).at[0].set(jnp.nan))
     with pytest.raises(ValueError, match="`inputs` must be floats"):
         calibrate.perturbed_rows(KEY, predict, source.astype(int), labels, levels=1)
     with pytest.raises(ValueError, match="`predict` must lose accuracy under noise"):

@@ -306,6 +306,7 @@ def test_progress_names_every_loss_or_their_range():
     assert describe(np.full(9, np.nan), alive[1:], alive[1:]) == "loss nowhere finite (1 diverged of 9)"
 
 
+@pytest.mark.slow
 def test_one_logit_from_data_to_parts(key):
     data = blobs(classes=2)
     binary = bc.ensemble(bc.map_estimate(bc.models.mlp(4, (8,), 1), bc.one_logit, optax.adam(0.02)), 2)

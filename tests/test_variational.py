@@ -78,12 +78,12 @@ GUIDES = {"mean field": bc.guides.normal, "full": bc.guides.full, "low rank": bc
     ("name", "batch_size", "steps", "hold"),
     [
         ("mean field", ROWS, 40_000, 0),
-        ("mean field", 60, 60_000, 0),  # 60 does not divide the 200 rows
+        pytest.param("mean field", 60, 60_000, 0, marks=pytest.mark.slow),  # 60 does not divide the 200 rows
         pytest.param("mean field", 50, 60_000, 0, marks=pytest.mark.slow),
-        ("full", ROWS, 150_000, 0),
+        pytest.param("full", ROWS, 150_000, 0, marks=pytest.mark.slow),
         pytest.param("full", 60, 600_000, 20_000, marks=pytest.mark.slow),
         pytest.param("full", 50, 600_000, 20_000, marks=pytest.mark.slow),
-        ("low rank", ROWS, 120_000, 20_000),
+        pytest.param("low rank", ROWS, 120_000, 20_000, marks=pytest.mark.slow),
         pytest.param("low rank", 50, 600_000, 10_000, marks=pytest.mark.slow),
     ],
 )
@@ -322,6 +322,7 @@ def test_settings_on_the_member_axis(key):
         np.testing.assert_allclose(fitted.history["kl"][0, m], lone.history["kl"][0, 0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_bitwise_the_one_that_was_not_stopped(key, tmp_path):
     method = classes(model=pure_model(), subset=("w",), guide=bc.guides.low_rank(2))
     settings = {"epochs": 3, "batch_size": 10, "progress": False, "checkpoint": bc.Checkpoint(tmp_path / "run")}

@@ -17,6 +17,7 @@ from bayescal.methods.variational_family import by_parts
 pytestmark = pytest.mark.core
 
 
+@pytest.mark.slow
 def test_its_central_network_is_where_others_start(key):
     """`draw(state, None)`, which is also what `key=None` predicts by; of an ensemble's members under vmap."""
     method = classes(model=NET, guide=bc.guides.low_rank(2))
@@ -39,6 +40,7 @@ def test_its_central_network_is_where_others_start(key):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, m=m: x[m], centres), lone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(key, dtype):
     """The posterior is in float32, and so is its KL, of 32,000 weights beyond what float16 holds; networks are in their own."""
@@ -65,6 +67,7 @@ def test_stats_are_carried_from_step_to_step(key):
     assert (new.stats["norm"][0]["mean"] != 0).all() and method.draw(new, key).stats is new.stats
 
 
+@pytest.mark.slow
 def test_weight_decay_of_the_rest_alone(key):
     """As the docstring has it: the posterior moves as by Adam, what has none also decays."""
     states = []

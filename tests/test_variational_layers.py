@@ -50,7 +50,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", ["dense", "convolution", pytest.param("dense along time", marks=pytest.mark.slow)])
 def test_outputs_have_the_moments_of_their_kernels(name, estimator, rng):
     """Mean and covariance over keys of all outputs, in float64 from the posterior: right wherever a row uses its kernel once.
 
@@ -77,6 +77,7 @@ def test_outputs_have_the_moments_of_their_kernels(name, estimator, rng):
     assert deviates(noise[:, first] * noise[:, second], covariance[first, second]).max() < STANDARD_ERRORS
 
 
+@pytest.mark.slow
 def test_pixels_drawn_apart_follow_another_bound(rng):
     """E (sum of pixels)^2, a loss that sees covariances: one kernel an image gives about the double."""
     inputs, mean = rng.uniform(size=(1, 4, 4, 2)).astype(np.float32), np.zeros((3, 3, 2, 1), np.float32)
@@ -125,6 +126,7 @@ def test_gradient_is_the_closed_form(key, rng):
     assert spread[0] < spread[1] < spread[2] / 2, spread
 
 
+@pytest.mark.slow
 def test_gradients_agree_and_local_varies_least_and_shared_most(key, rng):
     """Two layers and a categorical likelihood, where no closed form is: each mean against each other's; 64 rows."""
     inputs, targets = rng.normal(size=(64, 4)).astype(np.float32), np.arange(64) % 3
@@ -139,6 +141,7 @@ def test_gradients_agree_and_local_varies_least_and_shared_most(key, rng):
     assert local < flipped < shared / 2, (local, flipped, shared)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_convolution(key, rng):
     inputs, targets = rng.normal(size=(32, 4, 4, 1)).astype(np.float32), np.arange(32) % 3
     got = []

@@ -1,11 +1,12 @@
 """Calibrators that know how unsure they are: a posterior of the map, whose nodes or draws come out as members."""
 
 import math
+from numbers import Integral
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bayescal.calibrate.calibrator import Calibrator, Classes, concrete, pooled_log_probs, rows_for_fit
 from bayescal.calibrate.newton import minimise
@@ -78,14 +79,25 @@ class BayesianVector(Calibrator):
 
         Raises:
             TypeError: for a predictive that is not over classes.
+            ValueError: for another number of classes than in the fit.
         """
-        centred = _centred(pooled_log_probs(pred))
+        centred, classes = _centred(pooled_log_probs(pred)), self.scales.shape[-1]
+        if centred.shape[-1] != classes:
+            raise ValueError(
+                f"`pred` must have the {classes} classes of the fit, got {centred.shape[-1]}. Fit the calibrator on "
+                "predictions over the same classes."
+            )
         shape = (-1, *[1] * (centred.ndim - 1), centred.shape[-1])
         return _as_members(pred, self.scales.reshape(shape) * centred + self.offsets.reshape(shape), None)
 
 
 def fit_bayesian_temperature(
-    pred: Classes, targets, *, prior_scale: float = 1.0, num_nodes: int = 25, weights=None
+    pred: Classes,
+    targets: Int[Array, "rows"],
+    *,
+    prior_scale: float = 1.0,
+    num_nodes: int = 25,
+    weights: Float[Array, "rows"] | None = None,
 ) -> BayesianTemperature:
     """p(log T | rows) prop. to N(log T; 0, prior_scale^2) prod_i softmax(log p_i / T)_{y_i}^{w_i}, by quadrature.
 
@@ -95,17 +107,20 @@ def fit_bayesian_temperature(
     Args:
         pred: predictive of the validation rows.
         targets: integer labels (rows,).
-        prior_scale: standard deviation of log T before the rows; 1 = T between 1/7 and 7, most likely.
+        prior_scale: standard deviation of log T before the rows, at most 10; 1 = T between 1/7 and 7, most likely.
         num_nodes: members of what comes out.
         weights: how often each row counts; None = once. Their sum is the number of rows that the posterior believes in.
 
     Raises:
         TypeError: for a predictive that is not over classes.
-        ValueError: for a prior scale that is not positive, fewer than 5 nodes, unusable predictions, targets or weights.
+        ValueError: for a prior scale outside (0, 10], fewer than 5 nodes, unusable predictions, targets or weights.
     """
-    _check_positive("prior_scale", prior_scale, "1 is usual")
-    if num_nodes < 5:
-        raise ValueError(f"`num_nodes` must be at least 5, got {num_nodes!r}. 25 is exact to float32.")
+    if not 0 < prior_scale <= 10:
+        raise ValueError(f"`prior_scale` must lie in (0, 10], of log T, got {prior_scale!r}. 1 is usual.")
+    if not isinstance(num_nodes, Integral) or num_nodes < 5:
+        raise ValueError(
+            f"`num_nodes` must be a whole number of at least 5, got {num_nodes!r}. 25 is exact to float32."
+        )
     log_probs, targets, weights = rows_for_fit(pred, targets, weights)
     nodes, masses = _quadrature(log_probs, targets, weights, float(prior_scale), jnp.linspace(-REACH, REACH, num_nodes))
     if concrete(masses) and not jnp.isfinite(masses).all():
@@ -117,7 +132,13 @@ def fit_bayesian_temperature(
 
 
 def fit_bayesian_vector(
-    key: Key, pred: Classes, targets, *, num_draws: int = 32, prior_scale: float = 1.0, weights=None
+    key: Key,
+    pred: Classes,
+    targets: Int[Array, "rows"],
+    *,
+    num_draws: int = 32,
+    prior_scale: float = 1.0,
+    weights: Float[Array, "rows"] | None = None,
 ) -> BayesianVector:
     """Laplace's approximation of p(a, b | rows), a ~ N(1, prior_scale^2), b ~ N(0, prior_scale^2): draws about the mode.
 
@@ -137,8 +158,10 @@ def fit_bayesian_vector(
         ValueError: for settings that are not positive, a class of probability zero, an optimum that was not reached,
             unusable predictions, targets or weights.
     """
-    _check_positive("prior_scale", prior_scale, "1 is usual")
-    _check_positive("num_draws", num_draws, "32 is usual")
+    if not 0 < prior_scale < math.inf:
+        raise ValueError(f"`prior_scale` must be positive and finite, got {prior_scale!r}. 1 is usual.")
+    if not isinstance(num_draws, Integral) or num_draws < 1:
+        raise ValueError(f"`num_draws` must be a whole number of at least 1, got {num_draws!r}. 32 is usual.")
     log_probs, targets, weights = rows_for_fit(pred, targets, weights)
     if concrete(log_probs) and jnp.isneginf(log_probs).any():
         raise ValueError(
@@ -148,8 +171,8 @@ def fit_bayesian_vector(
     mode, gradient, draws = _laplace(key, _centred(log_probs), targets, weights, float(prior_scale), int(num_draws))
     if concrete(gradient) and not gradient < 1e-3:
         raise ValueError(
-            f"`pred` must let the fit converge, got a derivative of {float(gradient):.3g} nats where it ended. Take a "
-            "smaller `prior_scale`."
+            f"`pred` must let the fit converge, got a derivative of {float(gradient):.3g} nats where it ended. Fit it on "
+            "`fit_temperature(pred, targets)(pred)`, or take a smaller `prior_scale`."
         )
     return BayesianVector(draws[:, 0], draws[:, 1], mode, gradient)
 
@@ -163,11 +186,6 @@ def _as_members(pred, logits, member_weights):
 
 def _centred(log_probs):
     return log_probs - log_probs.mean(-1, keepdims=True)
-
-
-def _check_positive(name: str, value, usual: str) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be positive and finite, got {value!r}. {usual}.")
 
 
 @jax.jit

@@ -1,5 +1,7 @@
 """Density-aware calibration: a temperature that grows with the distance from the training data."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +125,7 @@ def _require_converged(base: float, gradient: float) -> None:
 
 @jax.jit
 def _fit(log_probs, targets, weights, distances):
+    times = partial(jnp.matmul, precision="highest")  # accelerators round the factors to fewer digits by default
     weights = weights / weights.sum()
     z = jnp.where(log_probs == -jnp.inf, -1e18, log_probs)  # its square is finite
     z = z - z.max(-1, keepdims=True)
@@ -130,21 +133,21 @@ def _fit(log_probs, targets, weights, distances):
     distances = jnp.where(weights[:, None] > 0, distances, 0)
     plain, _ = temperature_of_regions(log_probs, targets, weights, jnp.zeros_like(targets), 1)
     # Each column in units of the plain temperature at the mean distance: what is fitted are shares of T near 1.
-    mean = weights @ distances
+    mean = times(weights, distances)
     unit = plain / jnp.where(mean > 0, mean, 1)
     columns = jnp.concatenate([jnp.broadcast_to(plain, (len(z), 1)), distances * unit], -1)
 
     def nll(shares):
-        scaled = z / (columns @ shares)[:, None]
-        return weights @ (jax.nn.logsumexp(scaled, -1) - jnp.take_along_axis(scaled, targets[:, None], -1)[:, 0])
+        scaled = z / times(columns, shares)[:, None]
+        return times(weights, jax.nn.logsumexp(scaled, -1) - jnp.take_along_axis(scaled, targets[:, None], -1)[:, 0])
 
     def derivatives(shares):  # of the nll; the Fisher information stands for the second
-        temperature = columns @ shares
+        temperature = times(columns, shares)
         probs = jax.nn.softmax(z / temperature[:, None])
         mean = (probs * z).sum(-1)
         first = weights * (chosen - mean) / temperature**2
         second = weights * (probs * (z - mean[:, None]) ** 2).sum(-1) / temperature**4
-        return first @ columns, (columns * second[:, None]).T @ columns
+        return times(first, columns), times((columns * second[:, None]).T, columns)
 
     def open_gradient(shares, gradient):
         return jnp.where((shares <= 0) & (gradient > 0), 0, gradient)
@@ -163,7 +166,7 @@ def _fit(log_probs, targets, weights, distances):
 
         def worse(search):
             size, after = search
-            enough = value + 1e-4 * gradient @ (moved(size) - shares)
+            enough = value + 1e-4 * times(gradient, moved(size) - shares) + slack
             return ~(after <= enough) & (size > 1e-6)  # also NaN, where T is not positive
 
         def halve(search):
@@ -171,11 +174,13 @@ def _fit(log_probs, targets, weights, distances):
             return size / 2, nll(moved(size / 2))
 
         size, after = jax.lax.while_loop(worse, halve, (jnp.float32(1), nll(moved(1))))
-        improved = after < value
+        # Near the end the value has no digits left, while the gradient has.
+        improved = (after < value - slack) | (largest(moved(size)) < largest(shares))
         return jnp.where(improved, moved(size), shares), jnp.where(improved, after, value), steps + 1, improved
 
+    largest = lambda shares: abs(open_gradient(shares, derivatives(shares)[0])).max()
     start = jnp.zeros(columns.shape[1]).at[0].set(1)
+    slack = 8 * jnp.finfo(z.dtype).eps * (1 + nll(start))
     state = start, nll(start), 0, ~jnp.isnan(plain[0])
     shares, *_ = jax.lax.while_loop(lambda state: state[3] & (state[2] < 100), step, state)
-    gradient = abs(open_gradient(shares, derivatives(shares)[0])).max()
-    return shares * jnp.concatenate([plain, unit]), gradient
+    return shares * jnp.concatenate([plain, unit]), largest(shares)

@@ -7,9 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bayescal.calibrate.calibrator import Calibrator, Classes, concrete, rows_for_fit
+from bayescal.calibrate.region_temperature import temperature_of_regions
 from bayescal.predictive import Bernoulli, Categorical, Probabilities, normalised_weights
 from bayescal.types import Array, pytree
 
@@ -28,13 +29,13 @@ class MemberTemperatures(Calibrator):
 
     Args:
         temperatures: T_m, above 1 = less confident than before; 1 for members that count for nothing.
-        gradients: derivative of each member's mean nll by its log T where the search ended, nats; 0 = converged.
+        gradient: largest absolute derivative of a member's mean nll by its inverse temperature, nats; 0 = converged.
     """
 
     accuracy_preserving: ClassVar[bool] = False  # of each member it is; the pool's top class may change
 
     temperatures: Float[Array, "member"]
-    gradients: Float[Array, "member"]
+    gradient: Float[Array, ""]
 
     def __call__(self, pred: Classes) -> Categorical | Bernoulli:
         """The members, each at its temperature. They must be those of the fit, in their order.
@@ -56,7 +57,7 @@ class JointTemperature(Calibrator):
 
     Args:
         temperature: above 1 = less confident than before.
-        gradient: derivative of the pool's mean nll by log T where the search ended, nats; 0 = converged.
+        gradient: absolute derivative of the pool's mean nll by log T where the search ended, nats; 0 = converged.
         num_members: of the fit.
     """
 
@@ -76,7 +77,9 @@ class JointTemperature(Calibrator):
         return _with_members(pred, _member_log_probs(pred, self.num_members) / self.temperature)
 
 
-def fit_members_then_pool(pred: Classes, targets, *, weights=None) -> MemberTemperatures:
+def fit_members_then_pool(
+    pred: Classes, targets: Int[Array, "rows"], *, weights: Float[Array, "rows"] | None = None
+) -> MemberTemperatures:
     """T_m = argmin_T of mean nll(softmax(log p_m / T)), for each member alone: calibrate, then pool.
 
     For ensembles whose members are also used one by one. For the pool use `fit_temperature`: see `MemberTemperatures`.
@@ -94,16 +97,14 @@ def fit_members_then_pool(pred: Classes, targets, *, weights=None) -> MemberTemp
     """
     log_probs, log_weights, targets, weights = _member_rows(pred, targets, weights)
     counts = weights * (log_weights > -jnp.inf)
-    temperatures, gradients = jax.vmap(_search, (0, None, None, 0))(
-        log_probs[:, None], jnp.zeros_like(log_weights[:1]), targets, counts
-    )
-    alive = counts.sum(-1) > 0
-    temperatures, gradients = jnp.where(alive, temperatures, 1), jnp.where(alive, gradients, 0)
-    _require_finite(temperatures, gradients)
-    return MemberTemperatures(temperatures, gradients)
+    temperatures, gradients = _one_by_one(log_probs, targets, counts)
+    _require_finite(temperatures)
+    return MemberTemperatures(temperatures, gradients.max())
 
 
-def fit_joint_temperature(pred: Classes, targets, *, weights=None) -> JointTemperature:
+def fit_joint_temperature(
+    pred: Classes, targets: Int[Array, "rows"], *, weights: Float[Array, "rows"] | None = None
+) -> JointTemperature:
     """T = argmin_T of mean -log sum_m w_m softmax(log p_m / T)_y: one temperature in all members, for the pool's nll.
 
     Not convex in T: of 37 temperatures from e^-9 to e^9 the best is taken, and the zero of the derivative beside it. With
@@ -120,7 +121,7 @@ def fit_joint_temperature(pred: Classes, targets, *, weights=None) -> JointTempe
     Source: Rahaman and Thiery 2021, the dynamic variant (recalled).
     """
     temperature, gradient = _search(*_member_rows(pred, targets, weights))
-    _require_finite(temperature[None], gradient[None])
+    _require_finite(temperature[None])
     return JointTemperature(temperature, gradient, pred.num_members)
 
 
@@ -158,6 +159,14 @@ def _with_members(pred, logits) -> Categorical | Bernoulli:
 
 
 @jax.jit
+def _one_by_one(log_probs, targets, counts):
+    one = lambda log_probs, counts: temperature_of_regions(log_probs, targets, counts, jnp.zeros_like(targets), 1)
+    temperatures, gradients = jax.vmap(one)(log_probs, counts)
+    alive = counts.sum(-1) > 0
+    return jnp.where(alive, temperatures[:, 0], 1), jnp.where(alive, gradients, 0)
+
+
+@jax.jit
 def _search(log_probs, log_weights, targets, weights):
     """(temperature, derivative) of the best of a grid, mended by bisection; NaN where the best is at its edge."""
     shifted = log_probs - log_probs.max(-1, keepdims=True)
@@ -182,13 +191,13 @@ def _search(log_probs, log_weights, targets, weights):
 
     low, high = jax.lax.fori_loop(0, 25, halve, (start - 0.5, start + 0.5))
     best = (low + high) / 2
-    gradient = slope(best)
-    finite = (abs(best) < EDGE - 0.75) & (abs(gradient) < CONVERGED)
+    gradient = abs(slope(best))
+    finite = (abs(best) < EDGE - 0.75) & (gradient < CONVERGED)
     return jnp.where(finite, jnp.exp(best), jnp.nan), gradient
 
 
-def _require_finite(temperatures, gradients) -> None:
-    if not concrete(temperatures, gradients):
+def _require_finite(temperatures) -> None:
+    if not concrete(temperatures):
         return
     lost = np.flatnonzero(~np.isfinite(np.asarray(temperatures)))
     if lost.size:

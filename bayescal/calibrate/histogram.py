@@ -106,7 +106,8 @@ def equal_mass_edges(
     scores = jnp.where(weights > 0, scores, jnp.inf)
     order = jnp.argsort(scores)
     scores, mass = scores[order], jnp.cumsum(weights[order])
-    last = jnp.searchsorted(mass, jnp.arange(1, num_bins) * mass[-1] / num_bins)
+    # Not mass[-1] / num_bins: under jit XLA may take the reciprocal, and bins that could be equal would not be.
+    last = jnp.searchsorted(mass * num_bins, jnp.arange(1, num_bins) * mass[-1])
     below = scores[jnp.minimum(last, len(scores) - 1)]
     above = jnp.append(scores, jnp.inf)[jnp.searchsorted(scores, below, side="right")]
     return (below + above) / 2

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bayescal.calibrate.calibrator import (
     Calibrator,
@@ -71,7 +71,9 @@ def prior_shift(source_prior: Float[Array, "classes"], target_prior: Float[Array
     return PriorShift(source, target, jnp.float32(jnp.nan))
 
 
-def fit_label_shift_em(pred: Classes, *, source_prior: Float[Array, "classes"], weights=None) -> PriorShift:
+def fit_label_shift_em(
+    pred: Classes, *, source_prior: Float[Array, "classes"], weights: Float[Array, "rows"] | None = None
+) -> PriorShift:
     """argmax_q of mean log sum_k q_k p(k | x) / source_prior_k over unlabelled rows, by EM.
 
     Needs unlabelled rows of the target, as predicted by a calibrated network: what is wrong with p comes out as a shift
@@ -105,7 +107,12 @@ def fit_label_shift_em(pred: Classes, *, source_prior: Float[Array, "classes"], 
 
 
 def fit_label_shift_bbse(
-    pred: Classes, targets, unlabelled: Classes, *, weights=None, least: float | None = None
+    pred: Classes,
+    targets: Int[Array, "rows"],
+    unlabelled: Classes,
+    *,
+    weights: Float[Array, "rows"] | None = None,
+    least: float | None = None,
 ) -> PriorShift:
     """q = C^-1 mu, C_jk = P(top class is j | label k) on source rows, mu_j = P(top class is j) on unlabelled target rows.
 

@@ -128,7 +128,8 @@ def _learn(apply, parts, rows, inputs, penalty, objective, steps):
         return (optax.apply_updates(parts, updates), state), None
 
     (end, _), _ = jax.lax.scan(step, (parts, descent.init(parts)), length=steps)
-    better = total(end)[0] <= total(parts)[0]  # False for NaN
+    (after, loss), (before, first) = total(end), total(parts)
+    better = (after <= before) & (sign * loss <= sign * first)  # False for NaN; a smaller penalty alone is not better
     end = jax.tree.map(lambda new, old: jnp.where(better, new, old), end, parts)
     slopes, loss = jax.grad(total, has_aux=True)(end)
     return Learnt(end, loss, jnp.stack([abs(x).max() for x in jax.tree.leaves(slopes) if x.size]).max())
@@ -146,6 +147,17 @@ def surprisals(log_probs: Float[Array, "*batch classes"], top_k: int) -> Float[j
         raise ValueError(f"`top_k` must be a whole number, not negative, got {top_k!r}. 10 is usual.")
     highest = jax.lax.top_k(log_probs, min(int(top_k), log_probs.shape[-1]))[0]
     return 1 - 1 / (1 - highest)
+
+
+def surprisals_for_use(log_probs, network: Network, top_k: int) -> jax.Array:
+    """`surprisals`; raises for another number of them than in the fit."""
+    inputs, width = surprisals(log_probs, top_k), network.centre.shape[0]
+    if inputs.shape[-1] != width:
+        expected = f"the {width}" if width < top_k else f"at least {width}"
+        raise ValueError(
+            f"`pred` must have {expected} classes, got {log_probs.shape[-1]}. Fit a calibrator for these classes."
+        )
+    return inputs
 
 
 def features_for_fit(features, weights) -> jax.Array:

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from bayescal.calibrate.calibrator import Calibrator, Classes, like, pooled_log_probs, require_possible, rows_for_fit
-from bayescal.calibrate.network import Network, best_temperature, learn, new_network, softplus_inverse, surprisals
+from bayescal.calibrate.network import (
+    Network,
+    best_temperature,
+    learn,
+    new_network,
+    softplus_inverse,
+    surprisals,
+    surprisals_for_use,
+)
 from bayescal.types import Array, Key, Metric, WholeMetric, pytree
 
 
@@ -36,7 +44,7 @@ class OrderPreserving(Calibrator):
         """The pool, then its gaps stretched.
 
         Raises:
-            ValueError: for fewer classes than the fit had gaps.
+            ValueError: for fewer classes than the fit had gaps, or another number where the network saw that many.
         """
         log_probs = pooled_log_probs(pred)
         gaps = self.network.biases[-1].shape[0]
@@ -45,7 +53,8 @@ class OrderPreserving(Calibrator):
                 f"`pred` must have more than {gaps} classes, got {log_probs.shape[-1]}. Pass predictions over the classes "
                 "of the fit."
             )
-        return like(pred, _stretched((self.network, ()), log_probs, surprisals(log_probs, self.top_k)))
+        inputs = surprisals_for_use(log_probs, self.network, self.top_k)
+        return like(pred, _stretched((self.network, ()), log_probs, inputs))
 
 
 def fit_order_preserving(

@@ -15,6 +15,7 @@ from bayescal.calibrate.network import (
     new_network,
     softplus_inverse,
     surprisals,
+    surprisals_for_use,
 )
 from bayescal.types import Array, Key, Metric, WholeMetric, pytree
 
@@ -39,12 +40,18 @@ class ParametrisedTemperature(Calibrator):
 
     def temperature(self, pred: Classes) -> Float[jax.Array, "*batch"]:
         """Of each row; above 1 = less confident than before."""
-        return jax.nn.softplus(self.network(surprisals(pooled_log_probs(pred), self.top_k)))[..., 0]
+        inputs = surprisals_for_use(pooled_log_probs(pred), self.network, self.top_k)
+        return jax.nn.softplus(self.network(inputs))[..., 0]
 
     def __call__(self, pred: Classes):
-        """The pool, then each row's temperature; the order of its classes does not change."""
+        """The pool, then each row's temperature; the order of its classes does not change.
+
+        Raises:
+            ValueError: for another number of classes than in the fit, where the network saw that many.
+        """
         log_probs = pooled_log_probs(pred)
-        return like(pred, _tempered((self.network, ()), log_probs, surprisals(log_probs, self.top_k)))
+        inputs = surprisals_for_use(log_probs, self.network, self.top_k)
+        return like(pred, _tempered((self.network, ()), log_probs, inputs))
 
 
 @pytree
@@ -92,9 +99,9 @@ def fit_parametrised_temperature(
 ) -> ParametrisedTemperature:
     """T(p) = softplus(network of the sorted probabilities), learnt on the rows: parametrised temperature scaling.
 
-    It starts as plain temperature scaling and ends no worse on its rows. The network sees 1 - 1 / (1 - log p), which is
-    bounded, of the `top_k` most probable classes; the authors' sees logits clipped at 100. `top_k=0` is plain temperature
-    scaling. Not convex: another key is another map.
+    It starts as plain temperature scaling (of the nll) and ends no worse on its rows. The network sees 1 - 1 / (1 - log p),
+    which is bounded, of the `top_k` most probable classes; the authors' sees logits clipped at 100. `top_k=0` is plain
+    temperature scaling. Not convex: another key is another map.
 
     Args:
         key: of the network's first weights.

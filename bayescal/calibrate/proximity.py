@@ -115,8 +115,9 @@ def _fit(log_probs, targets, weights, proximity):
 
     def widths(mass):
         total = mass.sum()
-        deviation = points - mass @ points / total
-        return 1.06 * jnp.sqrt(mass @ deviation**2 / total) * total ** (-1 / 6)
+        mean = lambda values: jnp.matmul(mass, values, precision="highest") / total
+        apart = points - points[mass.argmax()]  # exactly 0 where all are the same
+        return 1.06 * jnp.sqrt(mean((apart - mean(apart)) ** 2)) * total ** (-1 / 6)
 
     return Proximity(points, right, weights, jnp.stack([widths(weights * (1 - right)), widths(weights * right)]))
 

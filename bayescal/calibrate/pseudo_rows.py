@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bayescal.calibrate.calibrator import Classes, check_classes
-from bayescal.predictive import check_rows, concatenate, take
+from bayescal.predictive import check_predictive, check_rows, concatenate, take
 from bayescal.types import Array, Key
 
 HALVINGS, DOUBLINGS = 20, 16
@@ -63,7 +64,7 @@ def perturbed_rows(key: Key, predict: Callable[[Array], Classes], inputs, target
         TypeError: for a predictive that is not over classes.
     Source: Tomani et al. 2021; how the levels are spaced is recalled.
     """
-    if levels < 0:
+    if not isinstance(levels, Integral) or levels < 0:
         raise ValueError(f"`levels` must be a whole number, not negative, got {levels!r}. 10 is usual.")
     inputs, targets = _floats(inputs), np.asarray(targets)
     clean = predict(inputs)
@@ -113,7 +114,8 @@ def pseudo_target_rows(
         share: of the row that gives the label, in (0.5, 1).
 
     Raises:
-        ValueError: for a share outside (0.5, 1), inputs that are no floats, rows that all have one top class.
+        ValueError: for a share outside (0.5, 1), inputs that are no floats, rows that all have one top class, unusable
+            predictions.
         TypeError: for a predictive that is not over classes.
     Source: Hu et al. 2023 (PseudoCal); its code, with share 0.65 and pairs of different classes, was looked at.
     """
@@ -122,6 +124,7 @@ def pseudo_target_rows(
     inputs = _floats(inputs)
     first = predict(inputs)
     check_classes(first)
+    check_predictive(first)
     labels = np.asarray(first.log_probs().argmax(-1))
     partner = np.asarray(jax.random.permutation(key, len(labels)))
     differ = np.flatnonzero(labels != labels[partner])
@@ -130,7 +133,9 @@ def pseudo_target_rows(
             f"`inputs` must be rows of more than one top class, got {len(labels)} of one. Pass more rows of the target."
         )
     mixed = share * inputs + (1 - share) * inputs[partner]
-    return PseudoTargetRows(take(predict(mixed), differ), labels[differ].astype(np.int32))
+    pred = take(predict(mixed), differ)
+    check_predictive(pred)
+    return PseudoTargetRows(pred, labels[differ].astype(np.int32))
 
 
 def _floats(inputs) -> jax.Array:

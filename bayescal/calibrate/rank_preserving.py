@@ -17,6 +17,7 @@ from bayescal.calibrate.network import (
     new_network,
     softplus_inverse,
     surprisals,
+    surprisals_for_use,
 )
 from bayescal.types import Array, Key, Metric, WholeMetric, pytree
 
@@ -58,14 +59,15 @@ class RankPreserving(Calibrator):
             features: of each row, where the fit had some; else None.
 
         Raises:
-            ValueError: for features of another shape, missing ones, or ones that the fit did not have.
+            ValueError: for features of another shape, missing ones, or ones that the fit did not have; for another number of
+                classes than in the fit, where the network saw that many.
         """
         log_probs = pooled_log_probs(pred)
         if (features is None) == (self.top_k is None):
             expected, got = ("the features that the fit had", "none") if features is None else ("None", "some")
             raise ValueError(f"`features` must be {expected}, got {got}. Use them in the fit and after, or in neither.")
         if self.top_k is not None:
-            inputs = surprisals(log_probs, self.top_k)
+            inputs = surprisals_for_use(log_probs, self.network, self.top_k)
         else:
             inputs = features_for_use(features, pred, self.network.centre.shape[0])
         return like(pred, _ranked((self.network, (self.temperature, self.amplitudes)), log_probs, inputs))

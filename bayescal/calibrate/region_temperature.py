@@ -21,7 +21,7 @@ from bayescal.calibrate.histogram import check_bins_of_rows, equal_mass_edges, p
 from bayescal.predictive import undefined_where
 from bayescal.types import Array, pytree
 
-LARGEST = 1e4  # temperature searched; the least is its inverse
+LARGEST = 1e12  # temperature searched; the least is its inverse
 
 
 @pytree
@@ -138,7 +138,7 @@ def fit_groupwise_temperature(
     Args:
         pred: predictive of the calibration rows.
         targets: integer labels.
-        features: group of each row, in [0, num_groups).
+        features: group of each row, in [0, num_groups); under jit others make group 0 NaN.
         num_groups: how many there are; each needs right and wrong rows.
         weights: weight of each row; None = ones; a weight is a repetition.
 
@@ -153,6 +153,9 @@ def fit_groupwise_temperature(
     _check_groups(features, pred.batch_shape, num_groups)
     require_possible(log_probs, targets, weights)
     groups = jnp.asarray(features)
+    outside = (groups < 0) | (groups >= num_groups)
+    log_probs = undefined_where((outside & (weights > 0))[:, None], log_probs)
+    groups = jnp.where(outside, 0, groups)
     temperatures, gradient = temperature_of_regions(log_probs, targets, weights, groups, num_groups)
     _require_best("num_groups", "group", "Join it with another group, or use more rows.", temperatures)
     return GroupwiseTemperature(temperatures, gradient)
@@ -196,8 +199,16 @@ def _bins(log_probs, weights, num_bins):
     confidence = _confidence(log_probs)
     edges = equal_mass_edges(confidence, weights, num_bins)
     regions = place(edges, confidence)
-    total = jnp.zeros(num_bins).at[regions].add(weights)
-    return edges, regions, jnp.zeros(num_bins).at[regions].add(weights * confidence) / total
+    centres = _sums(weights * confidence, regions, num_bins) / _sums(weights, regions, num_bins)
+    return edges, regions, centres
+
+
+def _sums(values, regions, num_regions):
+    """Sum of (rows,) in each region, in blocks of about a thousand: a running float32 sum of many rows loses digits."""
+    blocks = max(1, min(len(values) // 1024, 2**16 // num_regions))
+    place = jnp.arange(len(values)) % blocks * num_regions + regions
+    sums = jnp.zeros(blocks * num_regions, values.dtype).at[place].add(values)
+    return jnp.matmul(jnp.ones(blocks), sums.reshape(blocks, num_regions), precision="highest")
 
 
 @jax.jit(static_argnames="num_regions")
@@ -209,12 +220,12 @@ def temperature_of_regions(log_probs, targets, weights, regions, num_regions):
     log_probs = jnp.where(log_probs == -jnp.inf, -1e30, log_probs)  # finite at every temperature, and possible at none
     shifted = log_probs - log_probs.max(-1, keepdims=True)
     chosen = jnp.take_along_axis(shifted, targets[:, None], -1)[:, 0]
-    mass = jnp.zeros(num_regions).at[regions].add(weights)
+    mass = _sums(weights, regions, num_regions)
 
     def slopes(log_temperature):  # d nll / d (1 / T) = mean(E_p[z] - z_y)
         probs = jax.nn.softmax(shifted * jnp.exp(-log_temperature)[regions, None])
         each = (probs * shifted).sum(-1) - chosen
-        return jnp.zeros(num_regions).at[regions].add(weights * each) / mass
+        return _sums(weights * each, regions, num_regions) / mass
 
     def halve(_, ends):
         low, high = ends
@@ -223,7 +234,7 @@ def temperature_of_regions(log_probs, targets, weights, regions, num_regions):
         return jnp.where(too_hot, low, middle), jnp.where(too_hot, middle, high)
 
     edge = jnp.full(num_regions, math.log(LARGEST), jnp.float32)
-    bracketed = slopes(-edge) * slopes(edge) < 0
-    low, high = jax.lax.fori_loop(0, 30, halve, (-edge, edge))
+    bracketed = (slopes(-edge) > 0) & (slopes(edge) < 0)
+    low, high = jax.lax.fori_loop(0, 32, halve, (-edge, edge))
     best = (low + high) / 2
     return jnp.exp(undefined_where(~bracketed, best)), abs(slopes(best)).max()

@@ -9,8 +9,9 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Float
 
 from bayescal.calibrate.calibrator import Calibrator, concrete
+from bayescal.calibrate.selection import check_counted_rows
 from bayescal.metrics.regression import mixture_cdf
-from bayescal.predictive import Gaussian, check_rows, float32_or_wider, undefined_where, weighted_sum
+from bayescal.predictive import Gaussian, float32_or_wider, undefined_where, weighted_sum
 from bayescal.types import Array, pytree
 
 HALVINGS = 60
@@ -116,7 +117,9 @@ class MappedQuantiles:
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
 
-def fit_variance_scaling(pred: Gaussian, targets, *, weights=None) -> VarianceScaling:
+def fit_variance_scaling(
+    pred: Gaussian, targets: Float[Array, "rows dim"], *, weights: Float[Array, "rows"] | None = None
+) -> VarianceScaling:
     """factor = mean of (y - m)^2 / v, m and v the mixture's mean and variance: the nll's optimum, in closed form.
 
     Also what makes the mean squared standardised error 1. For one member it scales that member's variance. Its relative
@@ -142,7 +145,9 @@ def fit_variance_scaling(pred: Gaussian, targets, *, weights=None) -> VarianceSc
     return VarianceScaling(factor)
 
 
-def fit_quantile_map(pred: Gaussian, targets, *, weights=None) -> QuantileMap:
+def fit_quantile_map(
+    pred: Gaussian, targets: Float[Array, "rows dim"], *, weights: Float[Array, "rows"] | None = None
+) -> QuantileMap:
     """R(p) = share of rows with F(y) <= p, ties at their middle, linear in between: isotonic regression of the PIT's ranks.
 
     The k-th smallest of n PITs is mapped to (k - 1/2) / n, and 0 and 1 to themselves, so that quantiles beyond the rows
@@ -211,7 +216,8 @@ def _mixture_quantiles(pred, levels):
     ends = jnp.where(weights != 0, own, jnp.inf).min(0), jnp.where(weights != 0, own, -jnp.inf).max(0)
     low, high = jax.lax.fori_loop(0, HALVINGS if len(mean) > 1 else 0, halve, ends)
     middle = low + (high - low) / 2
-    return side * jnp.where(tail == 0, -jnp.inf + 0 * mean.sum(0), middle)
+    nothing = undefined_where(jnp.isnan(pred.pooled_mean()), jnp.full_like(middle, -jnp.inf))
+    return side * jnp.where(tail == 0, nothing, middle)
 
 
 def _rows(pred, targets, weights):
@@ -222,7 +228,7 @@ def _rows(pred, targets, weights):
             "over experiments."
         )
     if concrete(pred, targets, weights):
-        check_rows(pred, np.asarray(targets), weights)
+        check_counted_rows(pred, np.asarray(targets), weights)
     weights = jnp.ones(pred.batch_shape) if weights is None else jnp.asarray(weights, jnp.float32)
     return float32_or_wider(targets), weights
 

@@ -3,19 +3,20 @@
 import dataclasses
 from functools import partial
 from numbers import Integral
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from bayescal.predictive import Predictive, check_rows
+from bayescal.calibrate.calibrator import Calibrator, concrete
+from bayescal.predictive import Predictive, check_predictive, check_targets_and_weights, take
 from bayescal.types import Array, pytree
 
 
 @pytree
-class MemberSelection:
+class MemberSelection(Calibrator):
     """The members chosen, and how often: `selection(pred) -> pred` with those as member weights.
 
     Args:
@@ -23,6 +24,8 @@ class MemberSelection:
         order: the member chosen at each step.
         nll: of the pool after each step on the rows of the fit, mean nats per row; lower is better, and it may rise.
     """
+
+    accuracy_preserving: ClassVar[bool] = False
 
     member_weights: Float[Array, "member"]
     order: Int[Array, "step"]
@@ -37,7 +40,7 @@ class MemberSelection:
             ValueError: for another number of members; where a chosen member has weight 0 (it diverged, or was dropped);
                 for members that are weighted already, other than by 0.
         """
-        usable = _usable_members(pred)
+        usable = usable_members(pred)
         weights = jnp.asarray(self.member_weights)
         if pred.num_members != weights.shape[0]:
             raise ValueError(
@@ -45,7 +48,7 @@ class MemberSelection:
                 f"{pred.num_members}. Pass all of them, before pooling, with as many draws each."
             )
         lost = (weights > 0) & ~usable
-        if not isinstance(lost, Tracer) and lost.any():
+        if concrete(lost) and lost.any():
             raise ValueError(
                 f"`pred` must have the members that were chosen, got members {np.flatnonzero(lost).tolist()} of them "
                 "with weight 0. Fit the selection on a predictive of the same state."
@@ -53,7 +56,9 @@ class MemberSelection:
         return dataclasses.replace(pred, member_weights=jnp.where(lost, jnp.nan, weights))
 
 
-def fit_member_selection(pred: Predictive, targets, *, num_members: int, weights=None) -> MemberSelection:
+def fit_member_selection(
+    pred: Predictive, targets: Array, *, num_members: int, weights: Float[Array, "rows"] | None = None
+) -> MemberSelection:
     """order_t = argmin_m of mean nll of the equally weighted pool of order_1, ..., order_(t-1) and m.
 
     Forward selection with replacement from an empty pool: a member chosen twice counts twice. Of equally good members
@@ -86,7 +91,7 @@ def fit_member_selection(pred: Predictive, targets, *, num_members: int, weights
             where every member gives some target probability zero.
     Source: Caruana et al. 2004 (ensemble selection, with replacement); Wenzel et al. 2020 (hyper-deep ensembles).
     """
-    usable = _usable_members(pred)
+    usable = usable_members(pred)
     if not isinstance(num_members, Integral) or int(num_members) < 1:
         raise ValueError(f"`num_members` must be a whole number of at least 1, got {num_members!r}. 5 is usual.")
     if pred.num_members < 2:
@@ -94,7 +99,7 @@ def fit_member_selection(pred: Predictive, targets, *, num_members: int, weights
             "`pred` must have members to choose from, got 1. Pass the predictive of the ensemble, before pooling."
         )
     targets = np.asarray(targets)
-    check_rows(pred, targets, weights)
+    check_counted_rows(pred, targets, weights)
     weights = np.ones(len(targets), np.float32) if weights is None else np.asarray(weights, np.float32)
     order, nll = _choose(pred, jnp.asarray(targets), weights, usable, int(num_members))
     if not np.isfinite(nll[0]):
@@ -122,7 +127,13 @@ def _choose(pred, targets, weights, usable, number):
     return jax.lax.scan(step, nobody, jnp.arange(1, number + 1, dtype=log_probs.dtype))[1]
 
 
-def _usable_members(pred) -> jax.Array:
+def check_counted_rows(pred, targets, weights) -> None:
+    """Raises unless predictions, targets and row weights are usable; rows of weight 0 may hold any prediction."""
+    check_targets_and_weights(pred, targets, weights)
+    check_predictive(pred if weights is None else take(pred, np.asarray(weights) > 0))
+
+
+def usable_members(pred) -> jax.Array:
     """Bool (member,): not weight 0. Raises for what has no members that one could weigh as wholes."""
     if not isinstance(pred, Predictive):
         raise TypeError(f"`pred` must be a predictive, got {type(pred).__name__}. Pass what `predict` returns.")
@@ -135,7 +146,7 @@ def _usable_members(pred) -> jax.Array:
             "take one experiment at a time, or leave the weights out."
         )
     given = given.reshape(-1)
-    if not isinstance(given, Tracer):
+    if concrete(given):
         counted = np.asarray(given)[np.asarray(given) != 0]
         if counted.size and not np.allclose(counted, counted[0], rtol=1e-5):
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bayescal.calibrate.calibrator import (
     Calibrator,
@@ -19,10 +19,10 @@ from bayescal.calibrate.calibrator import (
 )
 from bayescal.calibrate.newton import minimise
 from bayescal.calibrate.temperature import fit_temperature
-from bayescal.predictive import Bernoulli, Categorical
+from bayescal.predictive import Bernoulli, Categorical, undefined_where
 from bayescal.types import Array, pytree
 
-EDGE = 9.0  # log temperatures are looked for within this of 0
+EDGE = 27.0  # log temperatures are looked for within this of 0
 
 
 class DensityRatioWeights(NamedTuple):
@@ -62,7 +62,7 @@ def density_ratio_weights(
 
     Raises:
         ValueError: for features that are not finite or of other shapes, a negative penalty, a clip that is not positive,
-            domains that are separable with no penalty.
+            domains that are separable with no penalty, query rows so far out that no clip makes their weights finite.
     Source: Bickel, Brueckner and Scheffer 2007; Park et al. 2020 (CPCS) (recalled); thuml/TransCal's `get_weight` and `CPCS`
         were looked at: there the smaller domain is resampled to the size of the larger.
     """
@@ -90,6 +90,11 @@ def density_ratio_weights(
         )
     weights = jnp.exp(log_ratio)
     weights = weights if clip is None else jnp.minimum(weights, clip)
+    if concrete(weights) and not jnp.isfinite(weights).all():
+        raise ValueError(
+            f"`query` must have finite weights, got a log-ratio of up to {float(log_ratio.max()):.3g}: rows far outside both "
+            "domains. Leave them out, or pass `clip`."
+        )
     return DensityRatioWeights(weights, effective_size(weights), gradient)
 
 
@@ -125,7 +130,9 @@ class ConfidenceMatching(Calibrator):
         return like(pred, jax.nn.log_softmax(pooled_log_probs(pred) / self.temperature))
 
 
-def fit_confidence_matching(pred: Classes, *, accuracy: float | Float[Array, ""], weights=None) -> ConfidenceMatching:
+def fit_confidence_matching(
+    pred: Classes, *, accuracy: float | Float[Array, ""], weights: Float[Array, "rows"] | None = None
+) -> ConfidenceMatching:
     """T with mean max softmax(log p / T) = accuracy, over unlabelled rows.
 
     Needs unlabelled rows of the target, and an estimate of the accuracy on them. There is one such T for every accuracy
@@ -190,7 +197,12 @@ def shifted_accuracy(
 
 
 def fit_transcal(
-    pred: Classes, *, source: Classes, source_targets, source_weights, power: float = 1.0
+    pred: Classes,
+    *,
+    source: Classes,
+    source_targets: Int[Array, "rows"],
+    source_weights: Float[Array, "rows"],
+    power: float = 1.0,
 ) -> ConfidenceMatching:
     """T with mean confidence on target rows = `shifted_accuracy` of the source rows weighted by w^power.
 
@@ -203,7 +215,7 @@ def fit_transcal(
         pred: predictive of the unlabelled target rows.
         source: predictive of labelled source rows that did not train the network.
         source_targets: integer labels of them (rows,).
-        source_weights: p_target / p_source of each.
+        source_weights: p_target / p_source of each, as they are: their mean is expected to be 1; 0 is a value.
         power: of the weights, in [0, 1].
 
     Raises:
@@ -214,7 +226,9 @@ def fit_transcal(
     """
     if not 0 <= power <= 1:
         raise ValueError(f"`power` must lie in [0, 1], got {power!r}. 1 is the full density ratio, 0 none.")
-    log_probs, source_targets, source_weights = rows_for_fit(source, source_targets, source_weights)
+    rows_for_fit(source, source_targets, source_weights)  # checks; a ratio of 0 is a row like others, not an absent one
+    log_probs, source_targets, _ = rows_for_fit(source, source_targets, None)
+    source_weights = jnp.asarray(source_weights, jnp.float32)
     calibrated = fit_temperature(source, source_targets)(source)
     confidence = jnp.exp(calibrated.log_probs().max(-1)).mean()
     correct = (log_probs.argmax(-1) == source_targets).astype(jnp.float32)
@@ -246,7 +260,7 @@ def _match(log_probs, weights, accuracy):
         too_cold = gap(middle) > 0
         return jnp.where(too_cold, middle, low), jnp.where(too_cold, high, middle)
 
-    low, high = jax.lax.fori_loop(0, 40, halve, (jnp.float32(-EDGE), jnp.float32(EDGE)))
+    low, high = jax.lax.fori_loop(0, 42, halve, (jnp.float32(-EDGE), jnp.float32(EDGE)))
     best = (low + high) / 2
     left = gap(best)
     return jnp.where((abs(left) < 1e-4) & (abs(best) < EDGE - 0.5), jnp.exp(best), jnp.nan), left
@@ -275,4 +289,7 @@ def _log_ratio(source, target, query, penalty):
         return jnp.matmul(lean, features, precision="highest") + strength * theta, hessian + jnp.diag(strength + 1e-9)
 
     theta, gradient = minimise(value, derivatives, jnp.zeros(features.shape[1]))
-    return jnp.matmul(with_one(query), theta, precision="highest"), gradient
+    # Towards an optimum at infinity the derivative vanishes too.
+    separated = (penalty == 0) & (sign * jnp.matmul(features, theta, precision="highest") > 0).all()
+    gradient = jnp.where(separated, jnp.nan, gradient)
+    return undefined_where(separated, jnp.matmul(with_one(query), theta, precision="highest")), gradient

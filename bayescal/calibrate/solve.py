@@ -18,7 +18,11 @@ NEWTON_STEPS, LBFGS_STEPS = 50, 3000
 SMALL_STEP = 1e-3  # nats of any logit: the error of Newton's step is its square
 LARGE_STEP = 0.05  # no rounding error; towards an optimum at infinity every step is about 1
 FLAT = 1e-6  # of the largest curvature, each parameter in its own unit: what float32 cannot tell from none
-LBFGS_GRADIENT, LBFGS_LARGEST = 1e-6, 1e-4  # nats: where it stops, and the most that counts as converged
+LBFGS_GRADIENT, LBFGS_LARGEST = (
+    1e-6,
+    1e-4,
+)  # of the objective where curvatures are 1: where it stops, the most it may be
+MOST_UNPENALISED = 1000  # directions beyond Newton's size: each costs a pass over the rows, their eigenvalues the cube
 
 
 class Solution(NamedTuple):
@@ -126,8 +130,19 @@ def _pad_rows(x, rows):
     return jnp.pad(x, ((0, rows - len(x)),) + ((0, 0),) * (x.ndim - 1))
 
 
-def solve(features, targets, weights, penalty: np.ndarray, *, basis: np.ndarray | None = None, free=None) -> Solution:
+def solve(
+    features,
+    targets,
+    weights,
+    penalty: np.ndarray,
+    *,
+    basis: np.ndarray | None = None,
+    unpenalised: np.ndarray | None = None,
+    free=None,
+) -> Solution:
     """The minimum of a `Problem`, from parameters 0: pure, for jit and vmap.
+
+    Up to `NEWTON_PARAMETERS` by Newton's method, beyond by L-BFGS where `unpenalised` are given.
 
     Args:
         features: (rows, outputs or 1, inputs).
@@ -135,16 +150,18 @@ def solve(features, targets, weights, penalty: np.ndarray, *, basis: np.ndarray 
         weights: (rows,), any scale.
         penalty: (outputs, inputs), on the host.
         basis: (outputs * inputs, directions), orthonormal: the parameters that the probabilities depend on, the others
-            being what the penalty makes them; None = all. Used by Newton alone.
-        free: bool (outputs, inputs), parameters that may leave 0; None = all.
+            being what the penalty makes them; None = all. For Newton alone, which finds those without penalty itself.
+        unpenalised: (outputs * inputs, directions), orthonormal, of those without penalty. For L-BFGS alone.
+        free: bool (outputs, inputs), parameters that may leave 0; None = all. For Newton alone.
     """
     problem = Problem(features, targets, weights, jnp.asarray(penalty, features.dtype))
+    if penalty.size > NEWTON_PARAMETERS and unpenalised is not None:
+        return _solve(_lbfgs, problem, jnp.asarray(unpenalised, features.dtype))
     free = jnp.ones(penalty.shape, bool) if free is None else free
-    if penalty.size > NEWTON_PARAMETERS:
-        return _solve(_lbfgs, problem, free)
     basis = np.eye(penalty.size) if basis is None else basis
-    moves, unpenalised = (jnp.asarray(x, features.dtype) for x in _directions(basis, penalty.ravel()))
-    return _solve(_newton, problem, free, moves, unpenalised)
+    return _solve(
+        _newton, problem, free, *(jnp.asarray(x, features.dtype) for x in _directions(basis, penalty.ravel()))
+    )
 
 
 def _directions(basis, penalty):
@@ -220,21 +237,26 @@ def _newton(problem, free, moves, unpenalised):
     return Solution(parameters, objective, jnp.where(free, abs(gradient), 0).max(), count, converged)
 
 
-def _lbfgs(problem, free):
-    def value(parameters):
-        parameters = jnp.where(free, parameters, 0)
-        return problem.objective(problem.linear(parameters), parameters)
+def _lbfgs(problem, unpenalised):
+    """In units that give every parameter curvature 1 at the start: derivatives then mean the same whatever the features'."""
+    share = 1 / problem.targets.shape[-1]
+    curvature = jnp.einsum("n,noi->oi", problem.weights, problem.features**2, precision="highest") * share * (1 - share)
+    curvature = curvature + 2 * problem.penalty
+    scale = jax.lax.rsqrt(jnp.where(curvature > 0, curvature, 1))
+
+    def value(scaled):
+        return problem.objective(problem.linear(scale * scaled), scale * scaled)
 
     optimiser = optax.lbfgs(memory_size=20)
     with_gradient = optax.value_and_grad_from_state(value)
 
     def step(state):
-        parameters, inner, _, _, count = state
-        objective, gradient = with_gradient(parameters, state=inner)
-        updates, inner = optimiser.update(gradient, inner, parameters, value=objective, grad=gradient, value_fn=value)
-        parameters = optax.apply_updates(parameters, updates)
+        scaled, inner, _, _, count = state
+        objective, gradient = with_gradient(scaled, state=inner)
+        updates, inner = optimiser.update(gradient, inner, scaled, value=objective, grad=gradient, value_fn=value)
+        scaled = optax.apply_updates(scaled, updates)
         largest = abs(optax.tree_utils.tree_get(inner, "grad")).max()
-        return parameters, inner, objective, largest, count + 1
+        return scaled, inner, objective, largest, count + 1
 
     def unfinished(state):
         return (state[3] > LBFGS_GRADIENT) & (state[4] < LBFGS_STEPS) & jnp.isfinite(state[2])
@@ -242,10 +264,22 @@ def _lbfgs(problem, free):
     start = jnp.zeros(problem.penalty.shape, problem.features.dtype)
     objective = value(start)
     state: Any = start, optimiser.init(start), objective, jnp.full_like(objective, jnp.inf), jnp.int32(0)
-    parameters, _, _, _, count = jax.lax.while_loop(unfinished, step, state)
-    objective, gradient = jax.value_and_grad(value)(parameters)
-    largest = abs(gradient).max()
-    return Solution(parameters, objective, largest, count, largest <= LBFGS_LARGEST)
+    scaled, _, _, _, count = jax.lax.while_loop(unfinished, step, state)
+    objective, gradient = jax.value_and_grad(value)(scaled)
+    bend = lambda move: jax.jvp(jax.grad(value), (scaled,), (move,))[1]
+    # Small derivatives do not say that an optimum is near: Newton's step along what has no penalty, and its curvature, do.
+    units = unpenalised / scale.reshape(-1, 1)
+    along = jax.lax.map(lambda move: bend(move.reshape(start.shape)).ravel(), units.T)
+    reduced, slope = (jnp.matmul(x, units, precision="highest") for x in (along, gradient.ravel()))
+    own = jnp.diagonal(reduced)
+    unit = jax.lax.rsqrt(jnp.where(own > 0, own, 1))
+    values, vectors = jnp.linalg.eigh(reduced * unit[:, None] * unit)
+    move = vectors @ ((vectors.T @ (unit * slope)) / jnp.maximum(values, FLAT / 10 * values[-1]))
+    change = problem.linear(jnp.matmul(unpenalised, unit * move, precision="highest").reshape(start.shape))
+    change = jnp.where(problem.weights[:, None] > 0, abs(change), 0).max()
+    reached = (abs(gradient).max() <= LBFGS_LARGEST) & (change <= LARGE_STEP)
+    converged = reached & (values[0] > FLAT * values[-1])
+    return Solution(scale * scaled, objective, abs(gradient / scale).max(), count, converged)
 
 
 def contrasts(classes: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Spline calibration of the top label: the slope of a smooth curve through the cumulative calibration gap."""
 
 import dataclasses
+from functools import partial
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from bayescal.predictive import undefined_where
 from bayescal.predictive.categorical import exact_top
 from bayescal.types import Array, pytree
 
-POINTS, WEIGHTS = (x.astype(np.float32) / 2 for x in np.polynomial.legendre.leggauss(3))  # of a row's own stretch
+POINTS, SHARES = (x.astype(np.float32) / 2 for x in np.polynomial.legendre.leggauss(3))  # exact to the fifth power
 
 
 @pytree
@@ -60,7 +61,7 @@ def fit_spline(pred: Classes, targets, *, num_knots: int = 7, clip: float = 1e-3
 
     t is the share of rows below; the gap's slope is what calibration lacks at t, and c + h'(t) mends it. The gap is linear
     between rows, and the squares are integrated over t: repeated rows and row weights are the same, and ties count as one.
-    Linear algebra alone. The authors' splines end in parabolas, these in straight lines (natural).
+    Linear algebra alone, finite for any rows. The authors' splines end in parabolas, these in straight lines (natural).
 
     Args:
         pred: predictive over classes of the validation rows.
@@ -81,28 +82,38 @@ def fit_spline(pred: Classes, targets, *, num_knots: int = 7, clip: float = 1e-3
     confidence, correct = jnp.exp(log_probs.max(-1)), log_probs.argmax(-1) == targets
     # Rows that weigh nothing join the top row's ties, where they change nothing.
     confidence = jnp.where(weights > 0, confidence, jnp.where(weights > 0, confidence, 0).max())
-    known, level, heights = _fit(confidence, correct, weights, _curvature(int(num_knots)))
+    known, level, heights = _fit(confidence, correct, weights, int(num_knots))
     return Spline(known, level, heights, float(clip))
 
 
-@jax.jit
-def _fit(confidence, correct, weights, curvature):
+@partial(jax.jit, static_argnames="knots")
+def _fit(confidence, correct, weights, knots):
     order = jnp.argsort(confidence)
     confidence, gaps, weights = confidence[order], (correct - confidence)[order], (weights / weights.sum())[order]
     before = lambda x: jnp.concatenate([jnp.zeros(1, x.dtype), jnp.cumsum(x)])
     below, gap = before(weights), before(weights * gaps)
+    below = below / below[-1]
     first, last = (jnp.searchsorted(confidence, confidence, side=side) for side in ("left", "right"))
     level = (below[first] + below[last]) / 2
-    steepness = (gap[last] - gap[first]) / (below[last] - below[first])
 
-    rows = len(weights)
-    t = ((below[1:] + below[:-1]) / 2)[:, None] + weights[:, None] * POINTS
-    target = gap[first][:, None] + steepness[:, None] * (t - below[first][:, None])
-    share = (weights[:, None] * WEIGHTS).reshape(-1, 1)
-    basis = _basis(t.reshape(3 * rows), curvature)
-    square = jnp.matmul((share * basis).T, basis, precision="highest")
-    right = jnp.matmul((share * basis).T, target.reshape(3 * rows, 1), precision="highest")
-    return confidence, level, jnp.linalg.solve(square, right)[:, 0]
+    # Between these places gap and spline are polynomials, so that few points a piece integrate them exactly.
+    places, heights = jnp.append(below[first], 1), jnp.append(gap[first], gap[-1])
+    pieces = jnp.sort(jnp.concatenate([places, np.linspace(0, 1, knots, dtype=np.float32)]))
+    length = (pieces[1:] - pieces[:-1])[:, None]
+    t = ((pieces[1:] + pieces[:-1])[:, None] / 2 + length * POINTS).ravel()
+    target = (length * SHARES).ravel() * jnp.interp(t, places, heights)
+    right = jnp.matmul(target, _basis(t, knots), precision="highest")
+    return confidence, level, jnp.matmul(_inverse_gram(knots), right, precision="highest")
+
+
+def _inverse_gram(knots: int) -> np.ndarray:
+    """Inverse of the integrals over [0, 1] of products of the basis, (knots, knots): no data make it singular."""
+    points, shares = np.polynomial.legendre.leggauss(4)
+    t = (np.arange(knots - 1)[:, None] + (1 + points) / 2).ravel() / (knots - 1)
+    hat, bend = _parts(t, knots)
+    basis = hat + bend @ _curvature(knots)
+    shares = np.tile(shares / 2 / (knots - 1), knots - 1)
+    return np.linalg.inv((basis.T * shares) @ basis).astype(np.float32)
 
 
 def _curvature(knots: int) -> np.ndarray:
@@ -112,20 +123,25 @@ def _curvature(knots: int) -> np.ndarray:
     system, right = np.eye(knots), np.zeros((knots, knots))
     for offset, a, b in ((-1, h / 6, 1 / h), (0, 2 * h / 3, -2 / h), (1, h / 6, 1 / h)):
         system[inner, inner + offset], right[inner, inner + offset] = a, b
-    return np.linalg.solve(system, right).astype(np.float32)
+    return np.linalg.solve(system, right)
 
 
-def _basis(t, curvature):
+def _parts(t, knots):
+    """What the values at t of a spline take from its heights and from its second derivatives at the knots, (t, knots)."""
+    hat = (1 - abs(t[:, None] * (knots - 1) - np.arange(knots, dtype=t.dtype))).clip(0)
+    return hat, (hat**3 - hat) / (6 * (knots - 1) ** 2)
+
+
+def _basis(t, knots):
     """Value at t of the natural spline that is 1 at one knot and 0 at the others, (t, knots)."""
-    knots = len(curvature)
-    hat = jnp.maximum(0, 1 - abs(t[:, None] * (knots - 1) - np.arange(knots, dtype=np.float32)))
-    return hat + jnp.matmul((hat**3 - hat) / (6 * (knots - 1) ** 2), curvature, precision="highest")
+    hat, bend = _parts(t, knots)
+    return hat + jnp.matmul(bend, _curvature(knots).astype(np.float32), precision="highest")
 
 
 def _slope(heights, t):
     """Derivative at t of the natural spline with these heights."""
     knots = heights.shape[-1]
-    bend = jnp.matmul(_curvature(knots), heights, precision="highest")
+    bend = jnp.matmul(_curvature(knots).astype(np.float32), heights, precision="highest")
     cell = jnp.clip(jnp.floor(t * (knots - 1)), 0, knots - 2).astype(jnp.int32)
     right = t * (knots - 1) - cell
     left = 1 - right

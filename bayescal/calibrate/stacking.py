@@ -1,21 +1,22 @@
 """Stacking: member weights that make the pool of held-out rows most probable."""
 
-import jax
+from typing import ClassVar
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.calibrate.calibrator import concrete
+from bayescal.calibrate.calibrator import Calibrator, concrete
 from bayescal.calibrate.proportions import STEPS, mixture_proportions
-from bayescal.calibrate.selection import MemberSelection
-from bayescal.predictive import Predictive, check_rows
+from bayescal.calibrate.selection import MemberSelection, check_counted_rows, usable_members
+from bayescal.predictive import Predictive
 from bayescal.types import Array, pytree
 
 CONVERGED = 1e-3
 
 
 @pytree
-class Stacking:
+class Stacking(Calibrator):
     """Member weights on the simplex: `stacking(pred) -> pred` with those weights, and its members as they were.
 
     The order is: weigh the members, then pool, then calibrate (`fit_temperature` of what it gives), if at all.
@@ -25,6 +26,8 @@ class Stacking:
         nll: of the pool on the rows of the fit, mean nats per row; lower is better.
         gap: how much lower the best weights' nll can be at most, nats.
     """
+
+    accuracy_preserving: ClassVar[bool] = False
 
     member_weights: Float[Array, "member"]
     nll: Float[Array, ""]
@@ -40,7 +43,7 @@ class Stacking:
         return MemberSelection(self.member_weights, jnp.zeros(0, jnp.int32), jnp.zeros(0))(pred)
 
 
-def fit_stacking(pred: Predictive, targets, *, weights=None) -> Stacking:
+def fit_stacking(pred: Predictive, targets: Array, *, weights: Float[Array, "rows"] | None = None) -> Stacking:
     """argmin_w of mean -log sum_m w_m p_m(y), w on the simplex.
 
     Concave in w, and EM climbs it at every step: w_m <- w_m mean_i p_m(y_i) / sum_j w_j p_j(y_i). The members' own
@@ -64,11 +67,11 @@ def fit_stacking(pred: Predictive, targets, *, weights=None) -> Stacking:
         raise ValueError(
             "`pred` must have members to weigh, got 1. Pass the predictive of the ensemble, before pooling."
         )
-    usable = _start(pred)
+    usable = usable_members(pred)
     if concrete(pred, targets, weights):
-        check_rows(pred, np.asarray(targets), weights)
+        check_counted_rows(pred, np.asarray(targets), weights)
     weights = jnp.ones(pred.batch_shape) if weights is None else jnp.asarray(weights, jnp.float32)
-    found = mixture_proportions(pred.member_log_prob(jnp.asarray(targets)), weights, usable)
+    found = mixture_proportions(pred.member_log_prob(jnp.asarray(targets)), weights, usable.astype(jnp.float32))
     if concrete(found):
         if not np.isfinite(found.log_density):
             raise ValueError(
@@ -81,16 +84,3 @@ def fit_stacking(pred: Predictive, targets, *, weights=None) -> Stacking:
                 "from the best. Drop members that are nearly alike, or use `fit_member_selection`."
             )
     return Stacking(found.shares, -found.log_density, found.gap)
-
-
-def _start(pred) -> jax.Array:
-    """Equal shares of the members that count. Raises where they are weighted already."""
-    if pred.member_weights is None:
-        return jnp.ones(pred.num_members)
-    given = jnp.asarray(pred.member_weights)
-    if given.size != pred.num_members or (concrete(given) and len(np.unique(given[given != 0])) > 1):
-        raise ValueError(
-            f"`member_weights` must be equal or 0, one per member, got shape {given.shape} of values that differ: stacking "
-            "would replace them. Pass what `predict` returns."
-        )
-    return (given.reshape(-1) != 0).astype(jnp.float32)

@@ -14,7 +14,9 @@ from bayescal.calibrate.calibrator import (
     rows_for_fit,
 )
 from bayescal.calibrate.solve import (
+    MOST_UNPENALISED,
     NEWTON_PARAMETERS,
+    blocked_sum,
     contrasts,
     converged_parameters,
     require_positive_classes,
@@ -130,7 +132,8 @@ def fit_matrix(
         weights: weight of each row; None = ones.
 
     Raises:
-        ValueError: as `fit_vector`, and for a negative or infinite strength.
+        ValueError: as `fit_vector`; for a negative or infinite strength; for more than 32 classes without a penalty off the
+            diagonal.
     Source: Guo et al. 2017, section 4.2; Kull et al. 2019 (ODIR), both recalled.
     """
     log_probs, targets, weights = linear_rows(pred, targets, weights, off_diagonal, intercept, "matrix scaling")
@@ -161,13 +164,19 @@ def fit_diagonal(scores, targets, weights, intercept, *, shared):
     shared: whether the scores of a row sum to zero, so that of two classes only the mean slope counts.
     """
     classes = scores.shape[-1]
-    features = jnp.stack([scores, jnp.ones_like(scores)], -1)
+    centre = middle(scores, weights, intercept)
+    features = jnp.stack([scores - centre, jnp.ones_like(scores)], -1)
     penalty = np.tile([0.0, intercept / classes], (classes, 1))
     slopes = np.full((2, 1), 0.5**0.5) if shared and classes == 2 else np.eye(classes)
-    basis = np.concatenate([np.kron(slopes, [[1], [0]]), np.kron(contrasts(classes), [[0], [1]])], 1)
+    shifts = np.kron(contrasts(classes), [[0], [1]])
+    slopes = np.kron(slopes, [[1], [0]])
+    basis = np.concatenate([slopes, shifts], 1)
+    unpenalised = basis if intercept == 0 else slopes
     remedy = "Use more calibration rows, or one slope for all classes (`fit_temperature`)."
-    solution = solve(features, jax.nn.one_hot(targets, classes, dtype=scores.dtype), weights, penalty, basis=basis)
+    wanted = jax.nn.one_hot(targets, classes, dtype=scores.dtype)
+    solution = solve(features, wanted, weights, penalty, basis=basis, unpenalised=unpenalised)
     slopes, intercepts = converged_parameters(solution, remedy).T
+    intercepts = intercepts - slopes * centre
     return slopes, intercepts - intercepts.mean(), solution.gradient
 
 
@@ -177,21 +186,51 @@ def fit_full(scores, targets, weights, off_diagonal, intercept, inputs, remedy):
     inputs: (classes, directions), orthonormal: in which the scores vary.
     """
     classes, dtype = scores.shape[-1], scores.dtype
-    features = jnp.concatenate([scores, jnp.ones_like(scores[:, :1])], -1)[:, None]
+    centre = middle(scores, weights, intercept)
+    features = jnp.concatenate([scores - centre, jnp.ones_like(scores[:, :1])], -1)[:, None]
     off = np.where(np.eye(classes), 0, off_diagonal / (classes * (classes - 1)))
     penalty = np.concatenate([off, np.full((classes, 1), intercept / classes)], 1)
-    outputs, basis = contrasts(classes), None
-    if penalty.size <= NEWTON_PARAMETERS:
-        first, last = np.split(np.eye(classes + 1), [classes], axis=1)
-        basis = np.concatenate([np.kron(outputs, first @ inputs), np.kron(outputs, last)], 1)
-    solution = solve(features, jax.nn.one_hot(targets, classes, dtype=dtype), weights, penalty, basis=basis)
+    how = (
+        _newton_directions(classes, inputs) if penalty.size <= NEWTON_PARAMETERS else _lbfgs_directions(penalty, inputs)
+    )
+    solution = solve(features, jax.nn.one_hot(targets, classes, dtype=dtype), weights, penalty, **how)
     fitted = converged_parameters(solution, remedy)
     matrix, intercepts = fitted[:, :classes], fitted[:, classes]
     if off_diagonal == 0:  # of the same probabilities, the matrix nearest to I
-        left, right = (jnp.asarray(x @ x.T, dtype) for x in (outputs, inputs))
+        left, right = (jnp.asarray(x @ x.T, dtype) for x in (contrasts(classes), inputs))
         eye = jnp.eye(classes, dtype=dtype)
         matrix = eye + multiply(multiply(left, matrix - eye), right)
+    intercepts = intercepts - transformed(matrix, centre)
     return matrix, intercepts - intercepts.mean(), solution.gradient
+
+
+def _newton_directions(classes, inputs):
+    outputs, (first, last) = contrasts(classes), np.split(np.eye(classes + 1), [classes], axis=1)
+    return {"basis": np.concatenate([np.kron(outputs, first @ inputs), np.kron(outputs, last)], 1)}
+
+
+def _lbfgs_directions(penalty, inputs):
+    """Slopes of single classes have no penalty; the others and the intercepts have none where their strength is 0."""
+    classes = len(penalty)
+    outputs, (first, last) = contrasts(classes), np.split(np.eye(classes + 1), [classes], axis=1)
+    if penalty[0, 1] > 0:
+        slopes = np.eye(penalty.size)[:, :: classes + 2]
+    elif outputs.shape[1] * inputs.shape[1] <= MOST_UNPENALISED:
+        slopes = np.kron(outputs, first @ inputs)
+    else:
+        raise ValueError(
+            f"`off_diagonal` must be positive for {classes} classes, got 0. So many numbers without a penalty cannot be "
+            "checked to have one finite best value: give it a strength such as 0.01."
+        )
+    return {"unpenalised": slopes if penalty[0, -1] > 0 else np.concatenate([slopes, np.kron(outputs, last)], 1)}
+
+
+def middle(scores, weights, intercept):
+    """Mean of the scores over the rows, which an intercept without penalty makes up for: about it slopes and intercepts have
+    little to do with each other. 0 where the intercept has a penalty."""
+    if intercept > 0:
+        return jnp.zeros_like(scores[0])
+    return jax.vmap(blocked_sum)((weights[:, None] * scores).T) / blocked_sum(weights)
 
 
 def multiply(left, right):

@@ -48,6 +48,9 @@ def class_conformity(candidates: Callable[[Any, Key | None], jax.Array], *, rand
     The set of a row whose scores are NaN is every class where the values are traced, and an error where they are not: a
     bool has no NaN, and the empty set would say that no class is possible.
 
+    A score that ties with the threshold is in, if fit and use round alike: a `jax.jit` that closes over the predictive
+    folds it as a constant, and may round its last bit otherwise. Pass the predictive as an argument.
+
     Args:
         candidates: `(pred, key) -> (rows, classes)`, a pure function.
         randomised: whether it needs the key.

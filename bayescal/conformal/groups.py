@@ -46,7 +46,7 @@ class Mondrian:
         """
         check_key(self.score, key)
         _check_groups(groups, pred.batch_shape, len(self.rows))
-        groups = jnp.asarray(groups)
+        groups = jnp.asarray(groups, jnp.int32)
         padded = jnp.concatenate([self.threshold, jnp.full_like(self.threshold[:1], jnp.inf)])
         threshold = padded[jnp.where(groups < 0, len(self.rows), groups)]  # past the end clamps: to the infinite one
         return self.score.region(pred, threshold if threshold.ndim > 1 else threshold[:, None], key)
@@ -127,8 +127,9 @@ def group_thresholds(
         num_groups: how many groups there are.
         alpha: miscoverage.
     """
-    scores, groups = jnp.asarray(scores), jnp.asarray(groups)
-    rows = (groups[:, None] == jnp.arange(num_groups)).sum(0, dtype=jnp.int32)
+    scores, groups = jnp.asarray(scores), jnp.asarray(groups, jnp.int32)
+    inside = (groups >= 0) & (groups < num_groups)
+    rows = jnp.bincount(jnp.where(inside, groups, num_groups), length=num_groups + 1)[:-1].astype(jnp.int32)
     before = (groups < 0).sum() + jnp.cumsum(rows) - rows
     k = jnp.asarray(ranks(len(scores), alpha))[rows]
     place = jnp.minimum(before + k, len(scores)) - 1

@@ -1,5 +1,6 @@
 """Nonconformity of regression: residuals, plain or scaled, one-sided bounds, and distances from a pair of quantiles."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from bayescal.conformal.threshold import check_alpha, order_statistic, rank
 from bayescal.decompose.normal import variance_parts
 from bayescal.metrics.regression import mixture_quantile
 from bayescal.predictive import Gaussian, undefined_where
+from bayescal.predictive.mixture import check_target_shape
 from bayescal.types import Array, pytree
 
 Scale = Callable[[Gaussian], jax.Array]
@@ -56,6 +58,14 @@ def epistemic_deviation(*, floor: float) -> Scale:
     return lambda pred: jnp.sqrt(variance_parts(pred)[1]) + floor
 
 
+def _residuals(pred: Gaussian, targets) -> jax.Array:
+    """targets - mean, (rows, dim)."""
+    check_gaussian(pred)
+    centre = pred.pooled_mean()
+    check_target_shape(jnp.shape(targets), centre.shape)
+    return jnp.asarray(targets) - centre
+
+
 def _unit(pred: Gaussian) -> jax.Array:
     return jnp.ones_like(pred.pooled_mean())
 
@@ -72,7 +82,7 @@ def _residual_score(scale: Scale, name: str) -> Conformity:
 
     def measure(pred, targets, key):
         value = positive(pred)
-        return abs(jnp.asarray(targets) - pred.pooled_mean()) / value
+        return abs(_residuals(pred, targets)) / value
 
     def region(pred, threshold, key):
         centre, half = pred.pooled_mean(), threshold * positive(pred)
@@ -115,8 +125,7 @@ def above() -> Conformity:
     """
 
     def measure(pred, targets, key):
-        check_gaussian(pred)
-        return jnp.asarray(targets) - pred.pooled_mean()
+        return _residuals(pred, targets)
 
     def region(pred, threshold, key):
         high = pred.pooled_mean() + threshold
@@ -130,8 +139,7 @@ def below() -> Conformity:
     """s(x, y) = mean(x) - y: lower bounds [mean - threshold, inf). In the targets' unit; see `above`."""
 
     def measure(pred, targets, key):
-        check_gaussian(pred)
-        return pred.pooled_mean() - jnp.asarray(targets)
+        return -_residuals(pred, targets)
 
     def region(pred, threshold, key):
         low = pred.pooled_mean() - threshold
@@ -176,6 +184,7 @@ def quantile_score(*, alpha: float) -> Conformity:
 
 def outside(interval: Interval, targets: Float[Array, "*batch dim"]) -> Float[jax.Array, "*batch dim"]:
     """max(low - y, y - high): how far a target lies outside, in its unit; negative inside."""
+    check_target_shape(jnp.shape(targets), interval.low.shape)
     targets = jnp.asarray(targets)
     return jnp.maximum(interval.low - targets, targets - interval.high)
 
@@ -192,9 +201,11 @@ class QuantileInterval:
     Args:
         threshold: the k-th smallest distance outside, k = ceil((n + 1)(1 - alpha)), in the targets' unit; negative where
             the intervals were too wide, +infinity where k > n. (dim,).
+        alpha: miscoverage wanted.
     """
 
     threshold: Float[Array, "dim"]
+    alpha: float = dataclasses.field(metadata={"static": True})
 
     def __call__(self, interval: Interval) -> Interval:
         """Intervals of new rows, from the same network; low > high where one is empty."""
@@ -227,4 +238,5 @@ def fit_quantile_interval(interval: Interval, targets: Float[Array, "rows dim"],
             "`interval` and `targets` must be finite, got NaN or infinite values. Drop those rows, and look for a network "
             "that diverged."
         )
-    return QuantileInterval(order_statistic(outside(interval, targets), rank(shapes[0][0], alpha)))
+    alpha = check_alpha(alpha)
+    return QuantileInterval(order_statistic(outside(interval, targets), rank(shapes[0][0], alpha)), alpha)

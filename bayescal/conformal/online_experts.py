@@ -83,11 +83,11 @@ def agaci(
 
     def threshold(state):
         _, finite, weights = weigh(state)
-        return weights @ finite, weights @ state.alphas
+        return (weights * finite).sum(), (weights * state.alphas).sum()
 
     def update(state, score):
         own, finite, weights = weigh(state)
-        pooled = weights @ finite
+        pooled = (weights * finite).sum()
         regret = (wanted - miss(score, pooled)) * (pooled - finite)
         state = state._replace(
             alphas=state.alphas + steps * (wanted - miss(score, own)),
@@ -141,7 +141,7 @@ def dtaci(
         return DtACIState(jnp.full(size, wanted), jnp.full(size, 1 / size), start_window(past, window))
 
     def threshold(state):
-        alpha = state.weights @ state.alphas
+        alpha = (state.weights * state.alphas).sum()  # no matrix product, which accelerators round to 10 bits
         return window_threshold(state.window, alpha), alpha
 
     def update(state, score):

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from numbers import Real
+from numbers import Real as Number
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 
-from bayescal.predictive import undefined_where
+from bayescal.predictive import float32_or_wider, undefined_where
 from bayescal.types import Array
 
 
@@ -42,7 +42,7 @@ class Certified(NamedTuple):
 
 
 def control_risk(
-    losses: Float[Array, "rows settings"], parameters: Float[Array, "settings"], *, alpha: float, bound: float
+    losses: Real[Array, "rows settings"], parameters: Real[Array, "settings"], *, alpha: float, bound: float
 ) -> RiskControl:
     """Conformal risk control: the first setting for which (sum_i loss_i + bound) / (n + 1) <= alpha.
 
@@ -62,7 +62,7 @@ def control_risk(
     """
     _check_between("alpha", alpha, bound)
     _check_losses(losses, largest=bound)
-    losses = jnp.asarray(losses)
+    losses = float32_or_wider(losses)  # halves do not add up, and whole numbers have no NaN
     rows, settings = losses.shape
     if jnp.shape(parameters) != (settings,):
         raise ValueError(
@@ -107,7 +107,7 @@ def bonferroni(p_values: Float[Array, "settings"], delta: float) -> Bool[jax.Arr
 
 
 def learn_then_test(
-    losses: Float[Array, "rows settings"],
+    losses: Real[Array, "rows settings"],
     *,
     alpha: float,
     delta: float,
@@ -130,7 +130,7 @@ def learn_then_test(
     return Certified(p_values, test(p_values, delta))
 
 
-def hoeffding_bentkus(losses: Float[Array, "rows settings"], *, alpha: float) -> Float[jax.Array, "settings"]:
+def hoeffding_bentkus(losses: Real[Array, "rows settings"], *, alpha: float) -> Float[jax.Array, "settings"]:
     """p = min(exp(-n h(min(r, alpha), alpha)), e P[Bin(n, alpha) <= ceil(n r)], 1) for "risk > alpha", r the mean loss.
 
     h(a, b) = a log(a / b) + (1 - a) log((1 - a) / (1 - b)). In [0, 1]; lower = the risk is more surely at most alpha. The
@@ -146,7 +146,7 @@ def hoeffding_bentkus(losses: Float[Array, "rows settings"], *, alpha: float) ->
     """
     _check_between("alpha", alpha, 1)
     _check_losses(losses, largest=1.0, least=0.0)
-    losses = jnp.asarray(losses)
+    losses = float32_or_wider(losses)
     rows = losses.shape[0]
 
     def tails(total):
@@ -191,7 +191,7 @@ def _at_most(limit: Fraction) -> np.float32:
 
 
 def _check_between(name: str, value, largest) -> None:
-    if not (isinstance(value, Real) and 0 < float(value) < largest):
+    if not (isinstance(value, Number) and 0 < float(value) < largest):
         raise ValueError(
             f"`{name}` must be a number in (0, {largest:g}), got {value!r}. `alpha` is the risk allowed, in the unit of the "
             "losses, and `delta` the probability of error; 0.1 is usual."

@@ -41,7 +41,8 @@ class Weighted:
     def __call__(self, pred: Predictive, *, weights: Float[Array, "new"], key: Key | None = None) -> Any:
         """Sets of new rows; P(y in set) >= 1 - alpha over calibration rows and new rows together, if the ratio is right.
 
-        A new row whose own weight is more than alpha of all weights gets every class, or the whole line.
+        A new row whose own weight is more than alpha of all weights gets every class, or the whole line. The thresholds
+        are found on the host.
 
         Args:
             pred: of the new rows.
@@ -135,13 +136,19 @@ def fit_label_shift(
 def _check_ratio(name: str, given, shape, *, some: bool = False) -> None:
     """Raises unless `given` has that shape and, where that can be seen, is finite and non-negative, with `some` above 0."""
     known = not isinstance(given, Tracer)
-    values = np.asarray(given) if known else given
+    with np.errstate(over="ignore"):
+        values = np.asarray(given, np.float32) if known else given  # what float32 cannot hold is no ratio
     if values.shape != tuple(shape) or (
-        known and (not np.isfinite(values).all() or (values < 0).any() or (some and not values.any()))
+        known
+        and (
+            not np.isfinite(values).all()
+            or (values < 0).any()
+            or (some and not (values >= np.finfo(np.float32).tiny).any())
+        )
     ):
         least = ", not all zero" if some else ""
         raise ValueError(
             f"`{name}` must be finite non-negative numbers of shape {tuple(shape)}{least}, got shape {values.shape}"
             + (f" with values from {values.min()} to {values.max()}" if known and values.size else "")
-            + ". Pass the density ratio, new rows to calibration rows, up to a factor."
+            + " in float32. Pass the density ratio, new rows to calibration rows, up to a factor."
         )

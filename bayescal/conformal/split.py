@@ -99,7 +99,8 @@ def calibration_scores(pred: Predictive, targets, score: Conformity, key: Key | 
     """Scores (rows,) or (rows, dim) of the calibration rows, after the checks that all methods share.
 
     Raises:
-        ValueError: for a missing or needless key, unusable predictions or targets, scores that are NaN.
+        ValueError: for a missing or needless key, unusable predictions or targets, scores that are NaN or of another shape
+            than the targets.
     """
     check_key(score, key)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((pred, targets)))
@@ -108,10 +109,16 @@ def calibration_scores(pred: Predictive, targets, score: Conformity, key: Key | 
     if len(pred.batch_shape) != 1:
         raise ValueError(f"`pred` must have one batch axis, got batch shape {pred.batch_shape}. Flatten the rows.")
     scores = score.measure(pred, targets, key)
-    if not traced and np.isnan(np.asarray(scores)).any():
+    if scores.shape != jnp.shape(targets):
         raise ValueError(
-            f"`pred` must have a score at every target, got NaN in {int(np.isnan(np.asarray(scores)).sum())} of "
-            f"{scores.shape[0]} rows under {score.name}. Look at what the score divides by."
+            f"`targets` must have the shape of their scores, {scores.shape} under {score.name}, got {jnp.shape(targets)}. "
+            "Pass one target per row, (rows, dim) for regression; nothing is broadcast."
+        )
+    if not traced and np.isnan(np.asarray(scores)).any():
+        lost = np.isnan(np.asarray(scores)).reshape(scores.shape[0], -1).any(1)
+        raise ValueError(
+            f"`pred` must have a score at every target, got NaN in {int(lost.sum())} of {lost.size} rows under {score.name}, "
+            f"first at {int(lost.argmax())}. Look at what the score divides by."
         )
     return scores
 

@@ -1,6 +1,7 @@
 """Exact order statistics: the threshold of every conformal method."""
 
 from fractions import Fraction
+from functools import cache, partial
 from numbers import Real
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.predictive import undefined_where
 from bayescal.types import Array
 
 
@@ -63,20 +63,40 @@ def weighted_threshold(
 ) -> Float[jax.Array, "*batch"]:
     """inf{t : sum_i w_i 1[s_i <= t] >= (1 - alpha)(sum_i w_i + w)}, +infinity where there is none.
 
-    The sum on the left may lack what float32 rounds off, a few parts in a million of the total. With all weights one it is
-    the k-th smallest score of `rank`: exactly for up to 2,000 rows and alphas of two decimals.
+    On the host, in float64: with equal weights it is the k-th smallest score of `rank`, exactly. Sums that differ by less
+    than one part in 10^12 count as equal.
 
     Args:
         scores: nonconformity of the calibration rows. NaN counts as the strangest.
-        weights: of the calibration rows, non-negative: density ratio new / old, up to a factor.
-        own: weight of each new row, in the same unit. NaN gives NaN.
+        weights: of the calibration rows, non-negative: density ratio new / old, up to a factor. NaN, a negative one, or
+            nothing but zeros give NaN.
+        own: weight of each new row, in the same unit. NaN or a negative one gives NaN.
         alpha: miscoverage.
     Source: Tibshirani et al. 2019, lemma 3 and equation 9 (recalled).
     """
     scores, weights, own = (jnp.asarray(x) for x in (scores, weights, own))
-    order = jnp.argsort(scores)
-    total = jnp.cumsum(weights[order])
-    wanted = (1 - check_alpha(alpha)) * (total[-1] + own)
-    slack = float(np.finfo(np.float32).eps) * (scores.shape[0].bit_length() + 3)  # of a sum taken pair by pair
-    place = jnp.searchsorted(total, wanted * (1 - slack), side="left")
-    return undefined_where(jnp.isnan(wanted), jnp.append(scores[order], jnp.inf)[place])
+    shape = jax.ShapeDtypeStruct(own.shape, scores.dtype)
+    return jax.pure_callback(_at_level(check_alpha(alpha)), shape, scores, weights, own, vmap_method="expand_dims")
+
+
+@cache  # the same function again, so that its program is compiled once
+def _at_level(alpha: float):
+    return partial(_reached, float(1 - Fraction(repr(alpha))))
+
+
+def _reached(keep: float, *arrays) -> np.ndarray:
+    """`weighted_threshold` of arrays with any number of axes before their own."""
+    scores, weights, own = (np.asarray(x) for x in arrays)
+    axes = scores.ndim - 1
+    lead = np.broadcast_shapes(scores.shape[:-1], weights.shape[:-1], own.shape[:axes])
+    scores, weights = (np.broadcast_to(x, (*lead, x.shape[-1])) for x in (scores, weights))
+    own = np.broadcast_to(own, (*lead, *own.shape[axes:])).astype(np.float64)
+    thresholds = np.empty(own.shape, scores.dtype)
+    for place in np.ndindex(lead):
+        order = np.argsort(scores[place])
+        total = np.cumsum(weights[place][order], dtype=np.float64)
+        wanted = keep * (total[-1] + own[place])
+        found = np.append(scores[place][order], np.inf)[np.searchsorted(total, wanted * (1 - 1e-12))]
+        usable = (own[place] >= 0) & (total[-1] > 0) & (weights[place] >= 0).all()
+        thresholds[place] = np.where(usable, found, np.nan)
+    return thresholds
