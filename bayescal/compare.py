@@ -76,7 +76,7 @@ def compare(
     if key is None:
         moved = [row_influences(metric, p, targets, weights=weights, batch_size=batch_size) for p in (pred_a, pred_b)]
         value = a.value - b.value
-        error = standard_error(moved[0] - moved[1], weights, groups) if a.n > 1 else math.nan
+        error = standard_error(moved[0] - moved[1], weights, groups) if (a.n or 0) > 1 else math.nan
         low, high, p_value, how = value - Z95 * error, value + Z95 * error, _normal_p(value, error, a.n), "influence"
     else:
         number = 1000 if num_replicates is None else num_replicates

@@ -141,3 +141,14 @@ def test_refuses_unusable_data(case, unchecked):
         fit(pred, targets + 5, None, features)
     with pytest.raises((TypeError, ValueError), match=r"`pred` must be a predictive over classes|`pred` must"):
         fit(bc.Gaussian(np.zeros((1, ROWS, 1), np.float32), np.ones((1, ROWS, 1), np.float32)), targets, None, features)
+
+
+def test_constants_of_a_jit_are_checked_like_values():
+    """What an outer jit closes over is concrete, while what is computed from it there is not."""
+    pred, targets, _ = problem("temperature")
+    fit = lambda pred: (bc.fit_temperature(pred, targets).temperature, split(pred).threshold)
+    split = lambda pred: bc.conformal.fit_split(pred, targets, bc.conformal.lac(), alpha=0.1)
+    for inside, plain in zip(jax.jit(lambda: fit(pred))(), fit(pred), strict=True):
+        np.testing.assert_allclose(inside, plain, rtol=1e-5)
+    with pytest.raises(ValueError, match="`pred` must not hold NaN"):
+        jax.jit(lambda: fit(bc.Categorical(np.full((1, ROWS, 3), np.nan, np.float32))))()

@@ -49,6 +49,16 @@ def test_the_table_of_metrics_is_complete():
     assert not unknown, unknown
 
 
+@pytest.mark.parametrize(("package", "page"), [(bc.calibrate, "calibration"), (bc.conformal, "conformal")])
+def test_the_pages_of_calibration_are_complete(package, page):
+    """Every public function is in the page, and every `fit_` and `bc.conformal` name in it exists."""
+    text = (REPOSITORY / "docs" / f"{page}.md").read_text()
+    named = set(re.findall(r"`(?:bc\.|calibrate\.|conformal\.)*([A-Za-z_]+)", text))
+    assert {name for name in package.__all__ if name[0].islower()} - named == set()
+    known = {*package.__all__, *bc.calibrate.__all__, *bc.conformal.__all__}
+    assert {name for name in named if name.startswith("fit_")} - {"fit_"} - known == set()
+
+
 def test_notebook_runs(monkeypatch):
     matplotlib.use("Agg")
     shown = runpy.run_path(str(REPOSITORY / "notebooks" / "explore_predictive.py"))

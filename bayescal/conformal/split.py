@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Float
 
+from bayescal.calibrate.calibrator import concrete
 from bayescal.conformal.conformity import Conformity, class_candidates
 from bayescal.conformal.threshold import check_alpha, order_statistic, rank
 from bayescal.predictive import Predictive, check_rows
@@ -103,8 +103,7 @@ def calibration_scores(pred: Predictive, targets, score: Conformity, key: Key | 
             than the targets.
     """
     check_key(score, key)
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((pred, targets)))
-    if not traced:
+    if concrete(pred, targets):
         check_rows(pred, np.asarray(targets), None)
     if len(pred.batch_shape) != 1:
         raise ValueError(f"`pred` must have one batch axis, got batch shape {pred.batch_shape}. Flatten the rows.")
@@ -114,7 +113,7 @@ def calibration_scores(pred: Predictive, targets, score: Conformity, key: Key | 
             f"`targets` must have the shape of their scores, {scores.shape} under {score.name}, got {jnp.shape(targets)}. "
             "Pass one target per row, (rows, dim) for regression; nothing is broadcast."
         )
-    if not traced and np.isnan(np.asarray(scores)).any():
+    if concrete(scores) and np.isnan(np.asarray(scores)).any():
         lost = np.isnan(np.asarray(scores)).reshape(scores.shape[0], -1).any(1)
         raise ValueError(
             f"`pred` must have a score at every target, got NaN in {int(lost.sum())} of {lost.size} rows under {score.name}, "

@@ -63,9 +63,10 @@ def check_predictive(pred: Predictive, first: int = 0) -> None:
                 "`member_weights` must be finite, not negative and not all zero for any example, got values from "
                 f"{given.min()} to {given.max()}. Give every example at least one member."
             )
-    if all_good(pred):
-        return
-    undefined, wrong = (np.asarray(x) for x in _bad_rows(pred))
+    with jax.ensure_compile_time_eval():  # a jit around the caller may have closed over what is looked at here
+        if all_good(pred):
+            return
+        undefined, wrong = (np.asarray(x) for x in _bad_rows(pred))
     if undefined.any():
         raise ValueError(
             f"`pred` must not hold NaN, +infinity or examples without a possible class, got some in {int(undefined.sum())} "
