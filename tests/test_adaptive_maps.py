@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -404,3 +403,18 @@ def test_separable_rows_are_nan_where_traced(fit):
     pred, _ = sampled(1.7, rows=60)
     separable = np.asarray(pred.logits[0]).argmax(-1).astype(np.int32)
     assert np.isnan(np.asarray(jax.jit(fit)(pred, separable)(pred).logits)).all()
+
+
+@pytest.mark.parametrize("temperature", [1.002, 1.1, 3.0])
+def test_ensemble_temperature_where_a_few_labels_are_noise(temperature):
+    """The uniform's curvature is thousands of times the others', whose own are nearly the same: T is close to 1."""
+    rng = np.random.default_rng(0)
+    odds = rng.choice([-1, 1], 4000) * rng.gamma(4, 3, 4000)
+    targets = (rng.uniform(size=4000) < 1 / (1 + np.exp(-odds))).astype(np.int32)
+    targets = np.where(rng.uniform(size=4000) < 0.003, 1 - targets, targets)
+    pred = bc.Categorical(np.stack([0 * odds, odds], -1).astype(np.float32)[None])
+    log_probs, rows = pred.log_probs(), (jnp.asarray(targets), jnp.ones(4000))
+    mixture, gap = ensemble_temperature._mix(
+        log_probs, *rows, jnp.float32(temperature), "nll", ensemble_temperature.STEPS
+    )
+    assert gap < 1e-5 and 0 < mixture[2] < 0.05
