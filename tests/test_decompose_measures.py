@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import oracles_decompose as slow
 import pytest
+from scipy.special import entr
 
 import bayescal as bc
 from bayescal.decompose import (
@@ -373,3 +374,17 @@ def test_undefined_dirichlets_are_never_familiar():
 def test_bad_input(unchecked, rng, call, error, message):
     with pytest.raises(error, match=message):
         call(rng.normal(size=(4, 3, 2)).astype(np.float32))
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e8, 1e15])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_logits_of_any_size(scale, mixed, rng):
+    """Differences of logits far apart have no digits left: members then stand below their own peaks."""
+    logits = (scale * rng.normal(size=(3, 50, 4))).astype(np.float32)
+    if mixed:
+        logits[1] = rng.normal(size=(50, 4))
+    found = mutual_information(bc.Categorical(logits))
+    shifted = logits.astype(float) - logits.max(-1, keepdims=True)
+    probs = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    expected = entr(probs.mean(0)).sum(-1) - entr(probs).sum(-1).mean(0)
+    np.testing.assert_allclose(found, expected, atol=5e-7)

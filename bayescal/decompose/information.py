@@ -30,6 +30,7 @@ ClassPredictive = Categorical | Bernoulli | Probabilities
 FEW_CLASSES = 64  # below which the classes are moved in front of the rows, where a CPU adds them up side by side
 IMPOSSIBLE = -1e30  # stands for a logit of -infinity, so that differences stay numbers
 NEAR = 0.35  # |u| below which the series is used; above it the closed form is good to four units in the last place
+FAR_APART = 8.0  # nats between peaks: as far below its own peak a class still has a digit
 TERMS = {4: 7, 8: 16}  # of the series, that leave nothing out by bytes of a number
 _SERIES = tuple(1 / (math.factorial(j) * (j + 2)) for j in range(TERMS[8]))  # of (u e^u - e^u + 1) / u^2
 _REVERSE_SERIES = tuple(1 / math.factorial(j + 2) for j in range(TERMS[8]))  # of (e^u - 1 - u) / u^2
@@ -200,10 +201,14 @@ def standing_logits(logits, weights, axis: int = -1) -> Standing:
     if weights is not None:
         own = jnp.argmax(weights, axis=0, keepdims=True)
         pick = lambda x: jnp.take_along_axis(x, jnp.broadcast_to(own, (1, *x.shape[1:])), axis=0)
-    own_peak, own_norm = pick(peak), pick(log_norm)
+    energy, own_peak, own_norm = -(peak + log_norm), pick(peak), pick(log_norm)
+    # Logits of members that nearly agree keep all digits of their differences; those far apart only below their own peak.
+    apart = only(counted, abs(peak - own_peak), 0).max(0, keepdims=True) > FAR_APART
+    logits = jnp.where(apart, jnp.maximum(shifted, IMPOSSIBLE), logits)
+    peak, own_peak = jnp.where(apart, 0, peak), jnp.where(apart, 0, own_peak)
     reference = logits.max(0, keepdims=True)
     against = (logits - reference) - ((peak - own_peak) + (log_norm - own_norm))
-    return Standing(reference, own_peak, own_norm, against, exponential * (1 / norm), entropy, -(peak + log_norm))
+    return Standing(reference, own_peak, own_norm, against, exponential * (1 / norm), entropy, energy)
 
 
 def ratios_against(against, probs, weights) -> tuple[Ratios, jax.Array]:
