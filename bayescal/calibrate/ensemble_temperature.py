@@ -148,7 +148,7 @@ def _mix(log_probs, targets, weights, temperature, objective, steps):
     barriers = jnp.maximum(0.1 * 0.5 ** jnp.arange(float(steps)), LEAST_BARRIER)
     mixture, _ = jax.lax.scan(step, jnp.full(3, 1 / 3), barriers)
     alone = jnp.array([1.0, 0.0, 0.0])
-    mixture = jnp.where(value(alone) <= value(mixture), alone, mixture)
-    gradient, _ = slopes(mixture)
+    gap, gap_alone = (at @ slopes(at)[0] - slopes(at)[0].min() for at in (mixture, alone))
+    mixture = jnp.where(gap_alone <= gap, alone, mixture)  # the barrier keeps a little of everything
     lost = jnp.isnan(temperature)
-    return undefined_where(lost, mixture), undefined_where(lost, mixture @ gradient - gradient.min())
+    return undefined_where(lost, mixture), undefined_where(lost, jnp.minimum(gap, gap_alone))
