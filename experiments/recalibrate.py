@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
 from recalibrate_data import CLIP, NONE, PredictionSet, Rows, digits, stored
@@ -78,6 +79,7 @@ def before_and_after(sets: Mapping[str, PredictionSet], config: Config) -> dict[
                 own[calibrator] = {"refused": str(error)}
         found[name] = own
         print(f"{place + 1} of {len(sets)}: {name}", flush=True)
+        jax.clear_caches()  # of thousands of programs a process runs out of memory maps
     return found
 
 
@@ -151,6 +153,7 @@ def cost(sets: Mapping[str, PredictionSet], config: Config) -> dict[str, Any]:
         for calibrator in config.cost_calibrators:
             found[name][calibrator] = {n: _over_draws(calibrator, one, chosen[n], base, config) for n in chosen}
         print(f"cost in rows: {name}", flush=True)
+        jax.clear_caches()
     return found
 
 

@@ -25,8 +25,8 @@ from bayescal.predictive.categorical import gather
 from bayescal.predictive.mixture import log_pool
 from bayescal.types import Array, pytree
 
-STEPS = 25  # of Newton; the barrier reaches its least after 17
-LEAST_BARRIER, RIDGE = 1e-6, 1e-6  # three times the first is what it may cost; the second is float32's rounding
+STEPS = 35  # of Newton; the barrier reaches its least after 24
+LEAST_BARRIER, RIDGE = 1e-8, 1e-6  # three times the first is what it may cost; the second is float32's rounding
 LARGEST_GAP = 1e-4
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
 from bayescal.calibrate.calibrator import concrete
@@ -97,6 +96,8 @@ def learn(apply, parts, rows, inputs, *, objective: Metric | WholeMetric | None,
 
 @partial(jax.jit, static_argnames=("apply", "objective", "steps"))
 def _learn(apply, parts, rows, inputs, penalty, objective, steps):
+    import optax  # a second of the import of bayescal
+
     log_probs, targets, weights = rows
     log_probs = jnp.where(jnp.isneginf(log_probs), IMPOSSIBLE, log_probs)
     sign = -1 if objective is not None and objective.better == "higher" else 1

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bayescal.calibrate.calibrator import concrete
 from bayescal.predictive import undefined_where
@@ -239,6 +238,8 @@ def _newton(problem, free, moves, unpenalised):
 
 def _lbfgs(problem, unpenalised):
     """In units that give every parameter curvature 1 at the start: derivatives then mean the same whatever the features'."""
+    import optax  # a second of the import of bayescal
+
     share = 1 / problem.targets.shape[-1]
     curvature = jnp.einsum("n,noi->oi", problem.weights, problem.features**2, precision="highest") * share * (1 - share)
     curvature = curvature + 2 * problem.penalty
