@@ -418,3 +418,15 @@ def test_ensemble_temperature_where_a_few_labels_are_noise(temperature):
         log_probs, *rows, jnp.float32(temperature), "nll", ensemble_temperature.STEPS
     )
     assert gap < 1e-5 and 0 < mixture[2] < 0.05
+
+
+def test_extra_logit_where_the_temperature_is_tiny():
+    """Probabilities close to one half, as boosting gives them: the logits' level is far from 0 once divided by T."""
+    rng = np.random.default_rng(0)
+    sign = rng.choice([-1, 1], 1000)
+    odds = 0.02 * sign * rng.uniform(1, 2, 1000)
+    targets = ((sign > 0) ^ (rng.uniform(size=1000) < 0.02)).astype(np.int32)
+    pred = bc.Categorical(np.stack([0 * odds, odds], -1).astype(np.float32)[None])
+    plain, extra = calibrate.fit_temperature(pred, targets), calibrate.fit_extra_logit(pred, targets)
+    assert plain.temperature < 0.02
+    assert -extra(pred).log_prob(targets).mean() <= -plain(pred).log_prob(targets).mean() + 1e-6

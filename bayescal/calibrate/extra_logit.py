@@ -59,8 +59,8 @@ def fit_extra_logit(pred: Classes, targets, *, weights=None) -> ExtraLogit:
     """argmin over T and c of the mean nll of a softmax with an extra logit c, whose mass is spread evenly.
 
     Were the mass left out instead, no label would ever speak for it, and c would go to -infinity. Not convex: damped
-    Newton's method in (log T, c) from the best temperature and c = -8, -4 and -1; the best end counts, and is no worse on
-    its rows than temperature scaling but for exp(-8).
+    Newton's method in (log T, c) from the best temperature and c 8, 4 and 1 below the usual log sum_j exp(z_j); the best end
+    counts, or no extra mass, so that it is no worse on its rows than temperature scaling.
 
     Args:
         pred: predictive over classes of the validation rows.
@@ -146,7 +146,11 @@ def _fit(rows, temperature, steps):
         end, _ = jax.lax.scan(step, start, length=steps)
         return end, nll(end)
 
-    ends, values = jax.lax.map(descend, jnp.array([-8.0, -4.0, -1.0]))
+    level = jax.nn.logsumexp(log_probs / temperature, axis=-1)  # far from 0 where T is: c counts against it
+    typical = (weights * jnp.where(weights > 0, level, 0)).sum() / weights.sum()
+    ends, values = jax.lax.map(descend, typical + jnp.array([-8.0, -4.0, -1.0]))
+    without = jnp.stack([jnp.log(temperature), jnp.where(weights > 0, level, jnp.inf).min() - 16])
+    ends, values = jnp.concatenate([ends, without[None]]), jnp.append(values, nll(without))
     end = ends[jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))]
     lost = jnp.isnan(temperature)
     return tuple(undefined_where(lost, x) for x in (jnp.exp(end[0]), end[1], abs(jax.grad(nll)(end)).max()))
