@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
