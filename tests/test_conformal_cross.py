@@ -150,6 +150,33 @@ def test_cv_plus_covers(rows, members):
         assert got[0, place] <= 1 - alpha + 0.06 or rank(rows, alpha) > rows  # not trivially wide
 
 
+def test_cv_plus_of_classes_covers():
+    """Nearest-centroid networks, one a fold: not below the band of an exact method."""
+    repetitions, rows, new, members, rng = 1000, 30, 10, 5, np.random.default_rng(14)
+    targets = rng.integers(3, size=(repetitions, rows + new))
+    centres = np.array([[0, 2], [-1.7, -1], [1.7, -1]])
+    inputs = centres[targets] + rng.normal(size=(repetitions, rows + new, 2))
+    folds, logits = np.arange(rows) % members, []
+    for m in range(members):
+        seen = (targets[:, :rows, None] == np.arange(3)) & (folds != m)[None, :, None]
+        sums = np.einsum("rnk,rni->rki", seen, inputs[:, :rows])
+        centroids = sums / np.maximum(seen.sum(1), 1)[..., None]
+        logits.append(-0.5 * ((inputs[:, :, None] - centroids[:, None]) ** 2).sum(-1))
+
+    @jax.jit
+    @jax.vmap
+    def run(logits, targets):
+        pred = bc.Categorical(logits)
+        held, test = hold_out(bc.take(pred, slice(0, rows)), folds), bc.take(pred, slice(rows, None))
+        sets = [fit_cv_plus(held, targets[:rows], conformal.lac(), alpha=alpha)(test) for alpha in ALPHAS]
+        return jnp.stack([jnp.take_along_axis(own, targets[rows:, None], -1).mean() for own in sets])
+
+    got = np.asarray(run(jnp.asarray(np.stack(logits, 1), jnp.float32), jnp.asarray(targets, jnp.int32))).mean(0)
+    for place, alpha in enumerate(ALPHAS):
+        low, _ = coverage_band(repetitions, rows, new, rank(rows, alpha))
+        assert got[place] >= low > 1 - 2 * alpha, (alpha, got[place], low)
+
+
 def test_cv_plus_of_classes():
     """Sets by their definition: #{i: s_i < s of y under the members that never saw i} < k; and one member is split."""
     rng = np.random.default_rng(13)
