@@ -38,6 +38,7 @@ def test_em_finds_the_prior():
     errors = np.sqrt(np.diag(np.linalg.inv(score.T @ score)))
     assert (abs(fitted.target_prior[:2] - TARGET[:2]) < 4 * errors).all()
     better, known = fitted(pred), calibrate.prior_shift(SOURCE, TARGET)(pred)
+    assert fitted.needs == ("unlabelled",) and calibrate.prior_shift(SOURCE, TARGET).needs == ()
     nll = lambda p: -float(p.log_prob(targets).mean())
     assert nll(better) < nll(pred) - 0.05 and abs(nll(better) - nll(known)) < 1e-3
     # By hand: p = (.5, .5) under priors (.5, .5) -> (.2, .8).

@@ -81,12 +81,7 @@ class BayesianVector(Calibrator):
             TypeError: for a predictive that is not over classes.
             ValueError: for another number of classes than in the fit.
         """
-        centred, classes = _centred(pooled_log_probs(pred)), self.scales.shape[-1]
-        if centred.shape[-1] != classes:
-            raise ValueError(
-                f"`pred` must have the {classes} classes of the fit, got {centred.shape[-1]}. Fit the calibrator on "
-                "predictions over the same classes."
-            )
+        centred = _centred(pooled_log_probs(pred, self.scales.shape[-1]))
         shape = (-1, *[1] * (centred.ndim - 1), centred.shape[-1])
         return _as_members(pred, self.scales.reshape(shape) * centred + self.offsets.reshape(shape), None)
 

@@ -109,10 +109,25 @@ def check_classes(pred) -> None:
         )
 
 
-def pooled_log_probs(pred: Classes) -> jax.Array:
-    """Log-probabilities (*batch, classes) of the pool, nats: what calibrators of classes work on."""
+def pooled_log_probs(pred: Classes, classes: int | None = None) -> jax.Array:
+    """Log-probabilities (*batch, classes) of the pool, nats: what calibrators of classes work on.
+
+    Args:
+        pred: predictive over classes.
+        classes: of the fit, where the map belongs to their number; None = any number.
+
+    Raises:
+        TypeError: for a predictive that is not over classes.
+        ValueError: for another number of classes than in the fit.
+    """
     check_classes(pred)
-    return pred.log_probs()
+    log_probs = pred.log_probs()
+    if classes is not None and log_probs.shape[-1] != classes:
+        raise ValueError(
+            f"`pred` must have the {classes} classes of the fit, got {log_probs.shape[-1]}. Use the same network, or fit a "
+            "calibrator for these classes."
+        )
+    return log_probs
 
 
 def rows_for_fit(pred: Classes, targets: Array, weights: Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:

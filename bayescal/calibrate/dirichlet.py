@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bayescal.calibrate.calibrator import Calibrator, Classes, like
+from bayescal.calibrate.calibrator import Calibrator, Classes, like, pooled_log_probs
 from bayescal.calibrate.vector import (
     MATRIX_REMEDY,
     fit_diagonal,
     fit_full,
     linear_rows,
-    log_probs_of,
     transformed,
 )
 from bayescal.predictive import Bernoulli, Categorical
@@ -40,7 +39,7 @@ class DirichletMap(Calibrator):
         Raises:
             ValueError: for another number of classes than in the fit.
         """
-        log_probs = log_probs_of(pred, self.matrix.shape[0])
+        log_probs = pooled_log_probs(pred, self.matrix.shape[0])
         return like(pred, jax.nn.log_softmax(transformed(self.matrix, log_probs) + self.intercepts))
 
 

@@ -1,5 +1,6 @@
 """Label shift: classes have become more or less frequent, and rows of a class look as they did."""
 
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -32,14 +33,20 @@ class PriorShift(Calibrator):
         source_prior: class frequencies that the predictive was made for, of sum 1.
         target_prior: those of the new rows; 0 = the class does not occur.
         gap: nats per row by which the EM's log-likelihood may be below its maximum; NaN where the prior was not found by EM.
+        estimated: whether the new frequencies were found from unlabelled rows, or known.
     """
 
     accuracy_preserving: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("unlabelled",)
 
     source_prior: Float[Array, "classes"]
     target_prior: Float[Array, "classes"]
     gap: Float[Array, ""]
+    estimated: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Unlabelled rows, where the new frequencies were estimated."""
+        return ("unlabelled",) if self.estimated else ()
 
     def __call__(self, pred: Classes) -> Categorical | Bernoulli:
         """The pool under the new frequencies; NaN where it has no class left.
@@ -68,7 +75,7 @@ def prior_shift(source_prior: Float[Array, "classes"], target_prior: Float[Array
     """
     source, target = _check_prior("source_prior", source_prior, True), _check_prior("target_prior", target_prior, False)
     _check_prior_shape("target_prior", target.shape, len(source))
-    return PriorShift(source, target, jnp.float32(jnp.nan))
+    return PriorShift(source, target, jnp.float32(jnp.nan), estimated=False)
 
 
 def fit_label_shift_em(

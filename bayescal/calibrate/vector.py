@@ -49,7 +49,7 @@ class VectorScaling(Calibrator):
         Raises:
             ValueError: for another number of classes than in the fit.
         """
-        logits = centred(log_probs_of(pred, self.slopes.shape[0])) * self.slopes + self.intercepts
+        logits = centred(pooled_log_probs(pred, self.slopes.shape[0])) * self.slopes + self.intercepts
         return like(pred, jax.nn.log_softmax(logits))
 
 
@@ -75,7 +75,7 @@ class MatrixScaling(Calibrator):
         Raises:
             ValueError: for another number of classes than in the fit.
         """
-        scores = centred(log_probs_of(pred, self.matrix.shape[0]))
+        scores = centred(pooled_log_probs(pred, self.matrix.shape[0]))
         return like(pred, jax.nn.log_softmax(transformed(self.matrix, scores) + self.intercepts))
 
 
@@ -246,14 +246,3 @@ def transformed(matrix, scores):
 def centred(log_probs):
     """log p less its mean over classes, nats: the same for logits and for log-probabilities."""
     return log_probs - log_probs.mean(-1, keepdims=True)
-
-
-def log_probs_of(pred, classes: int):
-    """Log-probabilities of the pool; raises for another number of classes than in the fit."""
-    log_probs = pooled_log_probs(pred)
-    if log_probs.shape[-1] != classes:
-        raise ValueError(
-            f"`pred` must have the {classes} classes of the fit, got {log_probs.shape[-1]}. Fit a calibrator for these "
-            "classes."
-        )
-    return log_probs

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayescal.calibrate.calibrator import Calibrator, Classes, check_classes, like, rows_for_fit
+from bayescal.calibrate.calibrator import Calibrator, Classes, like, pooled_log_probs, rows_for_fit
 from bayescal.predictive import Bernoulli, Categorical, exact_top, undefined_where
 from bayescal.types import Array, pytree
 
@@ -41,11 +41,7 @@ class VennAbers(Calibrator):
         Args:
             pred: of the new rows, from the same network.
         """
-        odds = log_odds(pred)
-        if odds.shape[-1] != self.odds.shape[0]:
-            raise ValueError(
-                f"`pred` must have the {self.odds.shape[0]} classes of the fit, got {odds.shape[-1]}. Use the same network."
-            )
+        odds = _odds(pooled_log_probs(pred, self.odds.shape[0]))
         return _look_up(self.odds, self.low, self.high, odds)
 
     def __call__(self, pred: Classes) -> Categorical | Bernoulli:
@@ -76,18 +72,9 @@ def fit_venn_abers(pred: Classes, targets: Int[Array, "rows"], *, weights=None) 
     return VennAbers(*jax.pure_callback(_tables, shapes, odds, targets, weights, vmap_method="sequential"))
 
 
-def log_odds(pred: Classes) -> Float[jax.Array, "*batch classes"]:
-    """log p_k - log(1 - p_k) of every class under the pool, nats: tells apart probabilities that round to one.
-
-    Raises:
-        TypeError: for a predictive that is not over classes.
-    """
-    check_classes(pred)
-    return _odds(pred.log_probs())
-
-
 @jax.jit
 def _odds(log_probs):
+    """log p_k - log(1 - p_k) of every class, nats: tells apart probabilities that round to one."""
     own, rest = exact_top(log_probs)
     return own - rest
 
